@@ -1,0 +1,1 @@
+../../../jaxlib_ext/_namespace/__init__.py

@@ -1,0 +1,18 @@
+"""The float32 floor: what is accumulated or exponentiated is never narrower than float32."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+__all__ = ["at_least_float32", "floor_dtype"]
+
+
+def floor_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype to compute in: float64 stays, everything narrower (bf16, f16, integers, booleans) becomes float32."""
+    return jnp.dtype(jnp.float64) if jnp.dtype(dtype) == jnp.float64 else jnp.dtype(jnp.float32)
+
+
+def at_least_float32(x: ArrayLike) -> jax.Array:
+    """`x` as float32, or float64 if it was that already. Works under strict dtype promotion."""
+    x = jnp.asarray(x)
+    return x.astype(floor_dtype(x.dtype))

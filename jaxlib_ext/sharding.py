@@ -1,0 +1,130 @@
+"""Meshes and placement: the one module that names mesh axes.
+
+    mesh = sharding.make_mesh({"data": 4, "model": 2})
+    rules = ((r"attention/.*kernel", jax.P(None, "model")), (r".*", jax.P()))
+    placed = sharding.place(params, sharding.shardings(params, rules, mesh))
+
+Everything else in the library lets the placement of its inputs decide.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+__all__ = ["Rules", "batch_spec", "constrain_batch", "make_mesh", "path_string", "place", "shardings", "spec_of", "specs"]
+
+Rules = Sequence[tuple[str, jax.P]]
+
+
+def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None, *, explicit: bool = False) -> Mesh:
+    """A mesh with named axes, e.g. {"data": 4, "model": 2}; one length may be -1 and takes the devices that are left.
+
+    Args:
+      axes: Length of every axis, in order.
+      devices: Devices to use, all of the default backend by default; a topology's devices for ahead-of-time compilation.
+      explicit: Make the sharding part of the array types instead of leaving it to the compiler. Static.
+
+    Returns:
+      The mesh. One device and lengths of one are valid: the same code then runs unsharded.
+
+    Raises:
+      ValueError: if the lengths do not multiply to the number of devices.
+    """
+    devices = list(jax.devices()) if devices is None else list(devices)
+    lengths = dict(axes)
+    known = math.prod(length for length in lengths.values() if length != -1)
+    wild = [name for name, length in lengths.items() if length == -1]
+    if len(wild) > 1 or any(length < 1 and length != -1 for length in lengths.values()):
+        raise ValueError(f"make_mesh: 'axes' is {dict(axes)}, expected positive lengths and at most one -1")
+    if wild and len(devices) % known == 0:
+        lengths[wild[0]] = len(devices) // known
+    if math.prod(lengths.values()) != len(devices) or min(lengths.values()) < 1:
+        raise ValueError(f"make_mesh: 'axes' is {dict(axes)}, whose lengths must multiply to the {len(devices)} devices")
+    kind = AxisType.Explicit if explicit else AxisType.Auto
+    return jax.make_mesh(tuple(lengths.values()), tuple(lengths), axis_types=(kind,) * len(lengths), devices=devices)
+
+
+def path_string(path: tuple[Any, ...]) -> str:
+    """The path of a leaf as "blocks/attention/kernel": keys, indices and attribute names joined by slashes."""
+    return "/".join(str(getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", entry)))) for entry in path)
+
+
+def spec_of(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh | None = None) -> jax.P:
+    """The spec of the first rule whose pattern is found in the path.
+
+    Args:
+      path: As `path_string` writes it.
+      shape: The leaf's shape. A scalar is always replicated.
+      rules: Ordered (regular expression, spec) pairs; `re.search`, first match wins.
+      mesh: If given, a named axis whose length does not divide the array's axis is dropped from the spec (that axis is then replicated),
+        and so is an axis name that the mesh does not have.
+
+    Returns:
+      The spec, never longer than the shape.
+
+    Raises:
+      ValueError: if no rule matches, or the spec is longer than the shape.
+    """
+    if not shape:
+        return jax.P()
+    for pattern, spec in rules:
+        if re.search(pattern, path):
+            if len(spec) > len(shape):
+                raise ValueError(f"spec_of: rule {pattern!r} gives {spec} to {path!r}, whose shape {shape} has fewer axes")
+            return spec if mesh is None else jax.P(*(_fitting(entry, length, mesh) for entry, length in zip(spec, shape)))
+    raise ValueError(f"spec_of: no rule matches the parameter {path!r} of shape {shape}; add a rule, at the end (r'.*', jax.P())")
+
+
+def _fitting(entry: Any, length: int, mesh: Mesh) -> Any:
+    names = (entry,) if isinstance(entry, str) else (entry or ())
+    kept = tuple(name for name in names if name in mesh.shape)
+    if not kept or length % math.prod(mesh.shape[name] for name in kept):
+        return None
+    return kept if len(kept) > 1 else kept[0]
+
+
+def specs(tree: Any, rules: Rules, mesh: Mesh | None = None) -> Any:
+    """The tree of `jax.P` that the rules give to a tree of arrays or ShapeDtypeStructs; see `spec_of`."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: spec_of(path_string(path), tuple(leaf.shape), rules, mesh), tree)
+
+
+def shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
+    """As `specs`, but `NamedSharding`s on the mesh, ready for `in_shardings`, `out_shardings` and `jax.device_put`."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, rules, mesh), is_leaf=lambda x: isinstance(x, jax.P))
+
+
+def place(tree: Any, target: Any) -> Any:
+    """Puts a tree of host or device arrays where the tree of shardings says; several hosts may each hold the whole value."""
+
+    def put(x: Any, where: NamedSharding) -> jax.Array:
+        if where.is_fully_addressable:
+            return jax.device_put(x, where)
+        return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+    return jax.tree.map(put, tree, target)
+
+
+def batch_spec(mesh: Mesh) -> jax.P:
+    """The spec of a batch: its leading axis over the mesh axis `data`, whole if there is none."""
+    return jax.P("data") if "data" in mesh.shape else jax.P()
+
+
+def constrain_batch(x: jax.Array, *, axis: int = 0) -> jax.Array:
+    """Keeps the batch axis of an activation on the mesh axis `data`; the identity where no such mesh is in context (`jax.set_mesh`).
+
+    Args:
+      x: [...] activation.
+      axis: Which axis is the batch. Static.
+
+    Returns:
+      `x` with its placement pinned. Use it where the compiler would otherwise gather a batch, e.g. after a reshape.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or "data" not in mesh.shape or x.shape[axis] % mesh.shape["data"] or mesh._any_axis_manual:
+        return x
+    spec = jax.P(*(("data",) if i == axis else jax.P.UNCONSTRAINED for i in range(x.ndim)))
+    return jax.lax.with_sharding_constraint(x, spec) if mesh._any_axis_auto else x
