@@ -7,6 +7,7 @@ depend on one document what happens, and `require_finite` speaks only where the 
 from collections.abc import Sequence
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 

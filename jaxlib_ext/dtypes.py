@@ -8,7 +8,13 @@ __all__ = ["at_least_float32", "floor_dtype"]
 
 
 def floor_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """The dtype to compute in: float64 stays, everything narrower (bf16, f16, integers, booleans) becomes float32."""
+    """The dtype to compute in: float64 stays, everything narrower (bf16, f16, integers, booleans) becomes float32.
+
+    Raises:
+      ValueError: if it is complex, whose imaginary part a cast would drop.
+    """
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise ValueError(f"floor_dtype: 'dtype' is {jnp.dtype(dtype).name}, expected a real type")
     return jnp.dtype(jnp.float64) if jnp.dtype(dtype) == jnp.float64 else jnp.dtype(jnp.float32)
 
 

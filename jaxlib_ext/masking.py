@@ -43,7 +43,8 @@ def masked_mean(x: ArrayLike, mask: ArrayLike, axis: int | tuple[int, ...] | Non
 
 def masked_variance(x: ArrayLike, mask: ArrayLike, axis: int | tuple[int, ...] | None = None) -> jax.Array:
     """Population variance of `x` weighted by `mask`; 0 where the mask sums to zero. Arguments as in `masked_mean`."""
-    x = dtypes.at_least_float32(x)
+    x, mask = dtypes.at_least_float32(x), jnp.asarray(mask)
     mean = masked_mean(x, mask, axis)
     mean = jnp.broadcast_to(mean if axis is None else jnp.expand_dims(mean, axis), x.shape)
-    return masked_mean(jnp.square(jnp.where(jnp.broadcast_to(jnp.asarray(mask) != 0, x.shape), x - mean, jnp.zeros_like(x))), mask, axis)
+    kept = jnp.broadcast_to(mask.astype(x.dtype), x.shape) != 0
+    return masked_mean(jnp.square(jnp.where(kept, x - mean, jnp.zeros_like(x))), mask, axis)

@@ -32,8 +32,10 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None, *, 
       The mesh. One device and lengths of one are valid: the same code then runs unsharded.
 
     Raises:
-      ValueError: if the lengths do not multiply to the number of devices.
+      ValueError: if there is no axis, or the lengths do not multiply to the number of devices.
     """
+    if not axes:
+        raise ValueError("make_mesh: 'axes' is {}, expected at least one axis")
     devices = list(jax.devices()) if devices is None else list(devices)
     lengths = dict(axes)
     known = math.prod(length for length in lengths.values() if length != -1)
@@ -80,11 +82,11 @@ def spec_of(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh | None =
 
 
 def _fitting(entry: Any, length: int, mesh: Mesh) -> Any:
-    names = (entry,) if isinstance(entry, str) else (entry or ())
+    names: tuple[str, ...] = (entry,) if isinstance(entry, str) else tuple(entry or ())
     kept = tuple(name for name in names if name in mesh.shape)
     if not kept or length % math.prod(mesh.shape[name] for name in kept):
         return None
-    return kept if len(kept) > 1 else kept[0]
+    return kept[0] if len(kept) == 1 else kept
 
 
 def specs(tree: Any, rules: Rules, mesh: Mesh | None = None) -> Any:
@@ -118,7 +120,7 @@ def constrain_batch(x: jax.Array, *, axis: int = 0) -> jax.Array:
 
     Args:
       x: [...] activation.
-      axis: Which axis is the batch. Static.
+      axis: Which axis is the batch; negative ones count from the end. Static.
 
     Returns:
       `x` with its placement pinned. Use it where the compiler would otherwise gather a batch, e.g. after a reshape.
@@ -126,5 +128,5 @@ def constrain_batch(x: jax.Array, *, axis: int = 0) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or "data" not in mesh.shape or x.shape[axis] % mesh.shape["data"] or mesh._any_axis_manual:
         return x
-    spec = jax.P(*(("data",) if i == axis else jax.P.UNCONSTRAINED for i in range(x.ndim)))
+    spec = jax.P(*(("data",) if i == axis % x.ndim else jax.P.UNCONSTRAINED for i in range(x.ndim)))
     return jax.lax.with_sharding_constraint(x, spec) if mesh._any_axis_auto else x
