@@ -1,0 +1,505 @@
+"""The command line: `janax list`, `janax run`, `janax compile`, `janax report`.
+
+An experiment is a module `janax.experiments.NAME`, named in `EXPERIMENTS`, that is cheap to import and offers
+
+    SUMMARY: str                                    one line
+    Config: type                                    a frozen dataclass
+    PRESETS: dict[str, Config]                      "smoke", "default", "paper"
+    run(config, session) -> report.Results          see `session.Session`
+    programs(config, devices) -> Iterable[aot.Program]      what `janax compile` compiles
+
+JAX, matplotlib and the experiments' own imports are loaded when a run begins, so help and mistakes are answered at once. A user's mistake
+is one sentence on standard error and exit code 2; a loss that is not finite is exit code 3; a run that was stopped is exit code 0.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import importlib
+import io
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any
+
+from janax import __version__
+from janax.experiments import config as configs
+from janax.experiments.errors import NonFiniteError, StoppedError, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["EXPERIMENTS", "main"]
+
+EXPERIMENTS = ("bdia",)
+
+_COMMANDS = ("list", "run", "compile", "report")
+
+_HELP = """\
+usage: janax COMMAND ...
+
+Bidirectional methods for generative models in JAX.
+
+  janax list                              the experiments, their presets and what they show
+  janax run NAME|all [options]            run an experiment, or go on with one that was interrupted
+  janax compile NAME [options]            compile it for a pod that is not there: memory, FLOPs, collectives
+  janax report DIR [DIR ...] [options]    write the report of run directories again, several on one page
+
+  janax COMMAND --help                    options of a command
+  janax --version                         version
+"""
+
+_RUN_HELP = """\
+usage: janax run NAME|all [--preset smoke|default|paper] [--workdir DIR] [--field value ...]
+
+Runs an experiment and writes config.json, metrics.jsonl, checkpoints/ and report.html to its directory. The same command again resumes
+what was interrupted (Ctrl-C and SIGTERM save first).
+
+  --preset NAME      smoke (a minute), default (minutes, the small-scale reproduction), paper (the paper's scale)
+  --workdir DIR      run directory; runs/NAME-PRESET by default. With `all`, the directory that holds them; runs by default
+  --distributed      start jax.distributed first, once per host of a pod or cluster; the hosts share DIR
+  --field value      any field of the configuration: `janax run NAME --help` lists them
+
+experiments:
+"""
+
+_COMPILE_HELP = """\
+usage: janax compile NAME [--preset smoke|default|paper] [--topology v5e:16x16 ...] [--json FILE] [--field value ...]
+
+Compiles an experiment's programs for devices that are not there and says whether they fit, what they compute and what they send.
+`janax compile NAME --help` lists the options and fields.
+
+experiments:
+"""
+
+
+class _Answered(Exception):
+    """Help was printed; nothing is left to do."""
+
+
+def main(argv: Sequence[str] | None = None, *, experiments: Sequence[str | ModuleType] = EXPERIMENTS) -> int:
+    """The console script.
+
+    Args:
+      argv: Arguments without the program's name; `sys.argv[1:]` by default.
+      experiments: Names of modules in `janax.experiments`, or modules.
+
+    Returns:
+      The exit code: 0 done or stopped with its state saved, 1 a program does not fit, 2 a mistake of the user's, 3 a loss not finite.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments, experiments)
+    except _Answered:
+        return 0
+    except UserError as error:
+        print(f"janax: {error}", file=sys.stderr)
+        return 2
+    except NonFiniteError as error:
+        print(f"janax: {error}", file=sys.stderr)
+        return 3
+    except StoppedError as stop:
+        print(f"janax: {stop}; the same command resumes: {shlex.join(['janax', *arguments])}", file=sys.stderr)
+        return 0
+    except BrokenPipeError:  # `janax list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(argv: list[str], experiments: Sequence[str | ModuleType]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_HELP, end="")
+        return 0
+    command, rest = argv[0], argv[1:]
+    if command == "--version":
+        print(f"janax {__version__}")
+    elif command == "list":
+        return _list(rest, experiments)
+    elif command == "run":
+        return _run(rest, experiments)
+    elif command == "compile":
+        return _compile(rest, experiments)
+    elif command == "report":
+        return _report(rest)
+    else:
+        raise UserError(f"there is no command {command!r}; {_nearest(command, _COMMANDS)}")
+    return 0
+
+
+# --- list ------------------------------------------------------------------------------------------------------------------------------
+
+
+def _list(argv: list[str], experiments: Sequence[str | ModuleType]) -> int:
+    if argv and argv[0] in ("-h", "--help"):
+        print("usage: janax list\n\nThe experiments, their presets and what they show.")
+        return 0
+    if argv:
+        raise UserError(f"list takes no arguments, got {argv[0]!r}")
+    print(_listing(experiments))
+    return 0
+
+
+def _listing(experiments: Sequence[str | ModuleType]) -> str:
+    modules = [_module(entry) for entry in experiments]
+    rows = [(_name(entry), ", ".join(module.PRESETS), module.SUMMARY) for entry, module in zip(experiments, modules)]
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    return "\n".join(f"  {name:<{widths[0]}}  {presets:<{widths[1]}}  {summary}" for name, presets, summary in rows)
+
+
+def _name(entry: str | ModuleType) -> str:
+    return entry if isinstance(entry, str) else entry.__name__.rpartition(".")[2]
+
+
+def _module(entry: str | ModuleType) -> Any:
+    return importlib.import_module(f"janax.experiments.{entry}") if isinstance(entry, str) else entry
+
+
+def _find(name: str, experiments: Sequence[str | ModuleType], *, extra: tuple[str, ...] = ()) -> Any:
+    for entry in experiments:
+        if _name(entry) == name:
+            return _module(entry)
+    raise UserError(f"there is no experiment {name!r}; {_nearest(name, (*map(_name, experiments), *extra))}")
+
+
+def _nearest(word: str, words: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    listed = ", ".join(words)
+    return f"did you mean {close[0]!r}? There are: {listed}" if close else f"choose one of: {listed}"
+
+
+# --- run -------------------------------------------------------------------------------------------------------------------------------
+
+
+def _run(argv: list[str], experiments: Sequence[str | ModuleType]) -> int:
+    name = _experiment_name(argv, "run", ("--preset", "--workdir"))
+    if name is None:
+        print(_RUN_HELP + _listing(experiments))
+        return 0
+    if name == "all":
+        return _run_all(argv, experiments)
+    module = _find(name, experiments, extra=("all",))
+    options = _parse(module, name, "run", _without(argv, name), preset="default")
+    workdir = options.workdir or Path("runs") / f"{name}-{options.preset}"
+    _start_distributed(options.distributed)
+    _run_one(module, name, options.preset, options.config, workdir)
+    return 0
+
+
+def _run_all(argv: list[str], experiments: Sequence[str | ModuleType]) -> int:
+    if {"-h", "--help"} & set(argv):
+        print(_RUN_HELP + _listing(experiments))
+        return 0
+    preset, rest = _take(_without(argv, "all"), "--preset")
+    root, rest = _take(rest, "--workdir")
+    distributed = "--distributed" in rest
+    rest = [token for token in rest if token != "--distributed"]
+    if rest:
+        raise UserError(f"run all takes --preset, --workdir and --distributed, got {rest[0]!r}; set fields in a run of one experiment")
+    directory = Path(root or "runs")
+    chosen = [(_name(entry), _module(entry)) for entry in experiments]
+    runs = [(name, module, _preset(module, name, preset or "default")) for name, module in chosen]
+    _start_distributed(distributed)
+    done, failures = [], []
+    for name, module, config in runs:
+        workdir = directory / f"{name}-{preset or 'default'}"
+        try:
+            _run_one(module, name, preset or "default", config, workdir)
+        except NonFiniteError as error:  # deterministic, so it must not keep the others from running; told again at the end
+            failures.append(str(error))
+        done.append(workdir)
+    from janax.experiments import report
+
+    page = report.write_combined(done, directory / f"report-{preset or 'default'}.html")
+    print(f"report of all: {page}")
+    if failures:
+        raise NonFiniteError("; ".join(failures))
+    return 0
+
+
+def _start_distributed(wanted: bool) -> None:
+    if wanted:
+        import jax
+
+        jax.distributed.initialize()
+
+
+def _run_one(module: Any, name: str, preset: str, config: Any, workdir: Path) -> None:
+    from janax.experiments import report, session
+
+    page = workdir / "report.html"
+    session.check_workdir(name, config, workdir)
+    if session.is_finished(workdir):
+        print(f"{workdir} is finished; its report is {page}; delete the directory or choose another --workdir to run again")
+        return
+    with session.open_session(name, config, workdir, preset=preset) as run:
+        run.say(f"{name}, preset {preset}, in {workdir}")
+        results = module.run(config, run)
+        if run.is_main:
+            report.save_results(workdir, results)
+    if run.is_main:
+        report.write_report(workdir)
+        report.show(results, _console())
+        print(f"report: {page}")
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console()
+
+
+# --- compile ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _compile(argv: list[str], experiments: Sequence[str | ModuleType]) -> int:
+    name = _experiment_name(argv, "compile", ("--preset", "--topology", "--json"))
+    if name is None:
+        print(_COMPILE_HELP + _listing(experiments))
+        return 0
+    module = _find(name, experiments)
+    options = _parse(module, name, "compile", _without(argv, name), preset="paper")
+    if not hasattr(module, "programs"):
+        raise UserError(f"experiment {name!r} has no programs to compile; `janax run {name}` runs it")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the host's own devices play no part
+    analyses = [entry for topology in options.topology for entry in _analyse(module, options.config, topology)]
+    _console().print(_summary(analyses))
+    if options.json is not None:
+        programs = [{"topology": topology, **analysis.as_dict()} for topology, analysis in analyses]
+        record = {"experiment": name, "preset": options.preset, "config": options.config, "programs": programs}
+        try:
+            configs.write_json(options.json, record)
+        except OSError as error:
+            raise UserError(f"--json {options.json} cannot be written: {(error.strerror or str(error)).lower()}") from error
+    misfits = [analysis.name for _, analysis in analyses if not analysis.fits]
+    if misfits:
+        print(f"janax: {', '.join(misfits)} does not fit; try a larger --topology or a longer --mesh.model", file=sys.stderr)
+    return 1 if misfits else 0
+
+
+def _analyse(module: Any, config: Any, topology: str) -> list[tuple[str, Any]]:
+    from janax.jaxlib_ext import aot
+
+    try:
+        devices, chip = aot.topology_devices(topology), aot.chip_of(topology)
+    except ValueError as error:
+        raise UserError(f"--topology {topology}: {_without_function(error)}") from error
+    except RuntimeError as error:
+        extra = "aot-gpu" if topology.lower().startswith("h100") else "tpu"
+        raise UserError(f"--topology {topology}: its compiler is not installed; pip install 'janax[{extra}]'") from error
+    found = []
+    for program in module.programs(config, devices):
+        analysis = aot.analyse(program, chip, mesh=_mesh_of(program))
+        print(analysis.text(), flush=True)
+        found.append((topology, analysis))
+    return found
+
+
+def _without_function(error: Exception) -> str:
+    return re.sub(r"^\w+: ", "", str(error))
+
+
+def _mesh_of(program: Any) -> Any:
+    import jax
+
+    leaves = jax.tree.leaves((program.in_shardings, [getattr(x, "sharding", None) for x in jax.tree.leaves(program.args)]))
+    meshes = [leaf.mesh for leaf in leaves if isinstance(leaf, jax.sharding.NamedSharding)]
+    return meshes[0] if meshes else None
+
+
+def _summary(analyses: Sequence[tuple[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table(header_style="bold")
+    table.add_column("program", overflow="fold")
+    table.add_column("topology", no_wrap=True)
+    for column in ("memory a device", "fits", "step at least", "limit"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for topology, analysis in analyses:
+        memory = f"{analysis.share:.1%} of {analysis.chip.memory / 2**30:.0f} GiB"
+        fits = "[green]✓ fits[/]" if analysis.fits else "[red]✗ too large[/]"
+        table.add_row(analysis.name, topology, memory, fits, _seconds(analysis.step_seconds), analysis.limit)
+    return table
+
+
+def _seconds(value: float) -> str:
+    for factor, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "µs")):
+        if value * factor >= 1.0:
+            return f"{value * factor:.3g} {unit}"
+    return f"{value * 1e9:.3g} ns"
+
+
+# --- report ----------------------------------------------------------------------------------------------------------------------------
+
+
+def _report(argv: list[str]) -> int:
+    import tyro
+
+    help_text = "Run directories, e.g. runs/bdia-default."
+    dirs = Annotated[tuple[Path, ...], tyro.conf.arg(help=help_text, metavar="DIR"), tyro.conf.Positional]
+    help_text = "Page to write; report.html in the directory of a single run, or beside the first of several, if none is given."
+    output = Annotated[Path | None, tyro.conf.arg(help=help_text)]
+    fields = [("dirs", dirs, dataclasses.field(default=())), ("output", output, dataclasses.field(default=None))]
+    kind = dataclasses.make_dataclass("Report", fields, frozen=True)
+    _check_fields(argv, ("--output",), "report")
+    options = _tyro(kind, argv, prog="janax report", description="Writes the report of run directories, several on one page.")
+    if not options.dirs:
+        raise UserError("report needs a run directory, e.g. runs/bdia-default")
+    from janax.experiments import report
+
+    pages = [report.write_report(directory) for directory in options.dirs]
+    if len(pages) > 1 or options.output is not None:
+        pages = [report.write_combined(options.dirs, options.output or options.dirs[0].parent / "report.html")]
+    print(f"report: {pages[0]}")
+    return 0
+
+
+# --- arguments -------------------------------------------------------------------------------------------------------------------------
+
+
+def _experiment_name(argv: list[str], command: str, valued: tuple[str, ...]) -> str | None:
+    """The first argument that is neither an option nor an option's value; None if help for the command itself is asked for."""
+    rest = list(argv)
+    for option in valued:
+        _, rest = _take(rest, option)
+    if rest and not rest[0].startswith("-"):
+        return rest[0]
+    if {"-h", "--help"} & set(rest):
+        return None
+    raise UserError(f"{command} needs the name of an experiment before its fields; `janax list` shows them")
+
+
+def _take(argv: list[str], option: str) -> tuple[str | None, list[str]]:
+    """The value of `--option value` or `--option=value` (the last one), and the arguments without it."""
+    value, rest, i = None, [], 0
+    while i < len(argv):
+        if argv[i] == option:
+            if i + 1 == len(argv):
+                raise UserError(f"{option} needs a value; see --help")
+            value, i = argv[i + 1], i + 2
+        elif argv[i].startswith(option + "="):
+            value, i = argv[i][len(option) + 1 :], i + 1
+        else:
+            rest.append(argv[i])
+            i += 1
+    return value, rest
+
+
+def _without(argv: list[str], name: str) -> list[str]:
+    """The arguments without the experiment's name: the first that equals it and is no option's value."""
+    for i, token in enumerate(argv):
+        if token == name and (i == 0 or argv[i - 1] not in ("--preset", "--workdir", "--topology", "--json")):
+            return argv[:i] + argv[i + 1 :]
+    return argv
+
+
+def _preset(module: Any, name: str, preset: str) -> Any:
+    if preset not in module.PRESETS:
+        raise UserError(f"--preset: experiment {name!r} has no preset {preset!r}; {_nearest(preset, tuple(module.PRESETS))}")
+    return module.PRESETS[preset]
+
+
+def _parse(module: Any, name: str, command: str, argv: list[str], *, preset: str) -> Any:
+    """Options of the command and fields of the experiment's configuration, with the chosen preset's values as defaults."""
+    import tyro
+
+    chosen, _ = _take(argv, "--preset")
+    preset = preset if chosen is None else chosen
+    default = _preset(module, name, preset)
+    own: list[tuple[str, Any, Any]] = [("preset", Annotated[str, tyro.conf.arg(help=f"One of {', '.join(module.PRESETS)}.")], preset)]
+    if command == "run":
+        help_text = f"Run directory; runs/{name}-PRESET if none is given. The same directory resumes."
+        own.append(("workdir", Annotated[Path | None, tyro.conf.arg(help=help_text)], None))
+        help_text = "Start jax.distributed first, once per host; the hosts share the directory."
+        own.append(("distributed", Annotated[bool, tyro.conf.arg(help=help_text), tyro.conf.FlagCreatePairsOff], False))
+    else:
+        help_text = "Chip and shape of the slice: v5e:16x16, v5p:4x4x4, v6e:8x8, v4:2x2x4, h100:2x8. Several are compiled in turn."
+        own.append(("topology", Annotated[tuple[str, ...], tyro.conf.arg(help=help_text)], ("v5e:16x16",)))
+        own.append(("json", Annotated[Path | None, tyro.conf.arg(help="File to write all figures to.")], None))
+    fields = [(field, kind, dataclasses.field(default=value)) for field, kind, value in own]
+    options = dataclasses.make_dataclass(
+        "Options",
+        [*fields, ("config", Annotated[module.Config, tyro.conf.arg(name="")], dataclasses.field(default=default))],
+        frozen=True,
+    )
+    _check_fields(argv, (*(f"--{field}" for field, _, _ in own), *_flags(default)), f"{command} {name}")
+    description = f"{module.SUMMARY}\n\nPresets: {', '.join(module.PRESETS)}; the values shown are those of {preset!r}."
+    return _tyro(options, argv, prog=f"janax {command} {name}", description=description)
+
+
+def _flags(config: Any, prefix: str = "") -> list[str]:
+    """The option of every field, as tyro spells it."""
+    names = []
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), field.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            names += _flags(value, f"{prefix}{name}.")
+        else:
+            names.append(f"--{prefix}{name}")
+            names += [f"--{prefix}no-{name}"] if isinstance(value, bool) else []
+    return names
+
+
+def _check_fields(argv: list[str], known: Sequence[str], command: str) -> None:
+    for token in argv:
+        option = token.partition("=")[0]
+        if not option.startswith("--") or option == "--help" or option.replace("_", "-") in known:
+            continue
+        last = option.rpartition(".")[2].removeprefix("--").replace("_", "-")
+        same_name = [name for name in known if name.rpartition(".")[2].removeprefix("--") == last]
+        close = same_name or difflib.get_close_matches(option.replace("_", "-"), known, n=1, cutoff=0.5)
+        if not close:
+            close = [name for name in known if difflib.get_close_matches(last, [name.rpartition(".")[2].removeprefix("--")], cutoff=0.6)]
+        hint = f"did you mean {close[0]}?" if close else "there is none like it;"
+        raise UserError(f"there is no field {option}; {hint} `janax {command} --help` lists them")
+
+
+def _tyro(kind: Any, argv: list[str], *, prog: str, description: str) -> Any:
+    """Parses with tyro, whose framed complaints become one sentence."""
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, args=argv, prog=prog, description=description)
+    except SystemExit as end:
+        if not end.code:
+            raise _Answered from None
+        raise UserError(_one_sentence(said.getvalue(), prog)) from None
+    except ValueError as error:  # from the __post_init__ of the experiment's own dataclass
+        raise UserError(str(error)) from error
+
+
+_COLOR = re.compile(r"\x1b\[[0-9;]*m")
+_RULE = re.compile(r"[-─]+")
+
+
+def _one_sentence(framed: str, prog: str) -> str:
+    """The first paragraph under the title of tyro's frame, which is drawn with box characters or, where those cannot be shown, blanks."""
+    body: list[str] = []
+    for line in framed.strip().splitlines()[1:]:
+        text = _COLOR.sub("", line).strip().strip("│╭╮╰╯").strip()
+        if text and not _RULE.fullmatch(text):
+            body.append(text)
+        elif body:
+            break
+    text = " ".join(body).rstrip(".")
+    match = re.match(r"Error parsing (\S+): (.*)", text)
+    if match is None:
+        text = (text[:1].lower() + text[1:]).replace(". ", "; ")
+        return f"{text or 'the arguments were not understood'}; see `{prog} --help`"
+    field, message = match.groups()
+    if not field.startswith("--"):
+        return message  # from a __post_init__, which names the field itself
+    wanted = {"invalid literal for int": "an integer", "could not convert string to float": "a number"}
+    for start, noun in wanted.items():
+        if message.startswith(start):
+            return f"{field} must be {noun}, got {message.rpartition(': ')[2]}; see `{prog} --help`"
+    return f"{field}: {message}; see `{prog} --help`"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
