@@ -176,8 +176,8 @@ def _digits(width: float) -> int:
 
 
 def _fixed(value: float, digits: int) -> str:
-    small = digits > 6
-    return (f"{value:.3g}" if small else f"{round(value, digits):.{max(digits, 0)}f}").replace("-", "−")
+    extreme = digits > 6 or abs(value) >= 1e6
+    return (f"{value:.3g}" if extreme else f"{round(value, digits):.{max(digits, 0)}f}").replace("-", "−")
 
 
 def show(results: Results, console: Console) -> None:
@@ -302,8 +302,8 @@ def _claims(claims: Sequence[Claim], heading: str) -> str:
         note = f'<span class="note">{_e(claim.note)}</span>' if claim.note else ""
         cells = (
             f'<th scope="row"><span class="id">{_e(claim.id)}</span> {_e(claim.claim)}{note}</th>',
-            f'<td data-label="paper">{_e(format_value(claim.paper))}</td>',
-            f'<td data-label="ours">{_e(format_interval(claim.ours, claim.interval))}</td>',
+            f'<td data-label="paper"{_words(claim.paper)}>{_e(format_value(claim.paper))}</td>',
+            f'<td data-label="ours"{_words(claim.ours)}>{_e(format_interval(claim.ours, claim.interval))}</td>',
             f'<td data-label="seeds">{_e(format_value(claim.seeds))}</td>',
             f'<td data-label="verdict"><span class="verdict {_CLASSES[claim.verdict]}">'
             f'<span aria-hidden="true">{_SIGNS[claim.verdict]}</span> {_e(claim.verdict)}</span></td>',
@@ -314,6 +314,10 @@ def _claims(claims: Sequence[Claim], heading: str) -> str:
         f'<{heading}>Claims</{heading}><p class="quiet">{_e(_tally(claims))}</p>'
         f'<table class="claims"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
     )
+
+
+def _words(value: Any) -> str:
+    return ' class="words"' if isinstance(value, str) else ""
 
 
 def _table(table: Table, heading: str) -> str:
@@ -449,9 +453,9 @@ thead th{color:var(--quiet);font-weight:600;font-size:.85rem;border-bottom:2px s
 th.number,td.number{text-align:right}
 .scroll{overflow-x:auto;max-width:100%}
 .scroll table{width:auto}
-.claims tbody th{font-weight:400;width:46%}
-.claims td,.claims thead th:nth-child(n+2){text-align:right;white-space:nowrap}
-.claims td:last-child,.claims thead th:last-child{text-align:left}
+.claims tbody th{font-weight:400;width:42%}
+.claims td,.claims thead th{text-align:left;white-space:nowrap}
+.claims td.words{white-space:normal;overflow-wrap:anywhere;min-width:9.5rem;max-width:15rem}
 .id{font:600 .78rem/1 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;color:var(--quiet);margin-right:.35rem;white-space:nowrap}
 .note{display:block;color:var(--quiet);font-size:.87rem;margin-top:.15rem}
 .verdict{display:inline-block;padding:.08rem .6rem;border-radius:999px;font-weight:600;font-size:.88rem;white-space:nowrap}
@@ -475,7 +479,7 @@ section+section{border-top:3px solid var(--line);margin-top:3rem;padding-top:.5r
 .claims tr{display:grid;grid-template-columns:1fr 1fr;gap:.1rem .9rem;border:1px solid var(--line);border-radius:10px;
 padding:.8rem .9rem;margin:0 0 .9rem}
 .claims tbody th{grid-column:1/-1;width:auto;padding:0 0 .5rem;border:0}
-.claims td{display:block;border:0;padding:.15rem 0;text-align:left;white-space:normal}
+.claims td,.claims td.words{display:block;border:0;padding:.15rem 0;text-align:left;white-space:normal;min-width:0;max-width:none}
 .claims td::before{content:attr(data-label);display:block;color:var(--quiet);font-size:.78rem;font-weight:400}
 .claims td[data-label="ours"]{font-weight:600}
 }

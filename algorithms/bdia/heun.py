@@ -71,9 +71,7 @@ def _mixing(function: str, grid: Grid, gamma: ArrayLike, coords: str, dtype: Any
     return jnp.asarray(gamma).astype(dtype) * jnp.asarray(scale[2:] / scale[:-2], dtype)
 
 
-def _increments(
-    ode: _Ode, zb: jax.Array, i: Any, variant: str, remembered: jax.Array | None, last: bool
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _increments(ode: _Ode, zb: jax.Array, i: Any, variant: str, remembered: Any, last: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(forward, backward, slope) at level i: the Heun increment down to i - 1 and the variant's increment up to i + 1."""
     slope = ode.slope(zb, i)
     forward = (ode.sb[i - 1] - ode.sb[i]) * slope if last else ode.heun(zb, slope, i, i - 1)

@@ -138,6 +138,7 @@ PAPER = Config(
     sections=("latents",),
     train=TrainConfig(num_steps=400_000, batch_size=256, ema_decay=0.9999, checkpoint_every=5000, log_every=100),
     optimizer=OptimizerConfig(name="adamw", learning_rate=1e-4, schedule="constant", warmup_steps=0, clip_norm=0.0),
+    mesh=MeshConfig(data=-1, model=2),  # 256 chips make data = 128, which divides the width 1152; 256 would not
 )
 
 PRESETS = {"smoke": SMOKE, "default": DEFAULT, "paper": PAPER}

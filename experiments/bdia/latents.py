@@ -70,6 +70,11 @@ class _Runs:
         }
 
 
+def _rows(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+    """Inference keeps whole parameters on every device, so the batch takes all axes of the mesh."""
+    return jax.sharding.NamedSharding(mesh, jax.P(tuple(mesh.axis_names)))
+
+
 def programs(config: Config, devices: Any) -> Iterable[aot.Program]:
     """Guided sampling, a round trip and a training step over the mesh of these devices.
 
@@ -81,7 +86,7 @@ def programs(config: Config, devices: Any) -> Iterable[aot.Program]:
     size = (batch, shape.image_size, shape.image_size, shape.channels)
     params = jax.eval_shape(functools.partial(dit.init, shape), jax.eval_shape(jax.random.key, 0))
     half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(latents.dtype)), params)
-    rows = jax.sharding.NamedSharding(mesh, sharding.batch_spec(mesh))
+    rows = _rows(mesh)
     where = (sharding.shardings(half, _REPLICATED, mesh), rows, rows)
     arguments = (half, jax.ShapeDtypeStruct(size, jnp.float32), jax.ShapeDtypeStruct((batch,), jnp.int32))
     method = _Runs(latents, shape).methods["BDIA"]
@@ -130,7 +135,7 @@ def study(config: Config, session: Session) -> dict[str, Any]:
         raise UserError(f"latents.weights: {error}") from error
     shape = dataclasses.replace(shape, dtype=config.latents.dtype, scan_layers=True)
     batch = config.latents.batch_size
-    rows = jax.sharding.NamedSharding(mesh, sharding.batch_spec(mesh))
+    rows = _rows(mesh)
     size = (batch, shape.image_size, shape.image_size, shape.channels)
     z = jax.jit(lambda key: jax.random.normal(key, size), out_shardings=rows)(jax.random.key(config.train.seed))
     labels = jax.device_put(np.arange(batch, dtype=np.int32) % shape.num_classes, rows)

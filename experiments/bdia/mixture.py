@@ -136,8 +136,8 @@ def _parity(config: MixtureConfig) -> dict[str, float]:
     return {name: float(value.max()) for name, value in per_seed(differences, mixtures, noise).items()}
 
 
-def _methods(grid: bdia.Grid) -> dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[[Any], Any]]]:
-    """name -> (sample from noise, encode from data or a state, read the noisy end); decode is sample's continuation."""
+def _methods(grid: bdia.Grid) -> dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]]:
+    """name -> (sample from noise, encode from data or a state, decode from a state)."""
 
     def two_step(table: bdia.BdiaCoeffs) -> Any:
         return (
@@ -196,17 +196,16 @@ def _round_trips(config: MixtureConfig) -> dict[str, Any]:
         grid = vp(steps)
 
         def trips(m: Mixture, z: jax.Array, x: jax.Array, grid: bdia.Grid = grid) -> dict[str, Any]:
-            out: dict[str, Any] = {}
+            out = {}
             for name, (sample, encode, decode) in _methods(grid).items():
                 encoded = encode(m, x)
                 latent = _end(encoded, noisy=True)
-                ends = {
+                out[name] = {
                     "A": jnp.max(jnp.abs(_end(encode(m, sample(m, z)), noisy=True) - z)),
                     "B": jnp.max(jnp.abs(_end(decode(m, encoded), noisy=False) - x)),
                     "L": rms(latent),
                     "E": rms(latent - z),
                 }
-                out[name] = ends
             return out
 
         found[f"float64 {steps}"] = jax.tree.map(lambda v: v.tolist(), per_seed(trips, mixtures, noise, data))
