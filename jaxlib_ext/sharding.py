@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 __all__ = ["Rules", "batch_spec", "constrain_batch", "make_mesh", "path_string", "place", "shardings", "spec_of", "specs"]
@@ -47,7 +48,9 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None, *, 
     if math.prod(lengths.values()) != len(devices) or min(lengths.values()) < 1:
         raise ValueError(f"make_mesh: 'axes' is {dict(axes)}, whose lengths must multiply to the {len(devices)} devices")
     kind = AxisType.Explicit if explicit else AxisType.Auto
-    return jax.make_mesh(tuple(lengths.values()), tuple(lengths), axis_types=(kind,) * len(lengths), devices=devices)
+    # As jax.make_mesh, but an axis may take a part of a physical one: 2 chips of an 8 x 8 torus.
+    grid = mesh_utils.create_device_mesh(tuple(lengths.values()), devices, allow_split_physical_axes=True)
+    return Mesh(grid, tuple(lengths), axis_types=(kind,) * len(lengths))
 
 
 def path_string(path: tuple[Any, ...]) -> str:

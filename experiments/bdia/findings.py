@@ -30,7 +30,7 @@ def results(config: Config, found: Mapping[str, Any], session: Session) -> repor
         intro=(
             "Samplers that can be run backwards exactly, measured on an exact-score Gaussian mixture (float64, intervals over "
             f"{config.mixture.num_seeds} draws) and on 8x8 digits (intervals over {config.digits.num_seeds} trained networks). The paper is "
-            "arXiv:2307.10829. Numbers marked [B] are the BELM paper's, arXiv:2410.07273, which re-measured it; [M] marks an earlier measurement of ours "
+            "arXiv:2307.10829. Numbers marked [B] are the BELM paper's, arXiv:2410.07273, which re-measured it; [M] marks an earlier one of ours "
             "on one mixture and one network, where the papers give no number."
         ),
         claims=page.claims,

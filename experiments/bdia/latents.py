@@ -17,6 +17,7 @@ from janax.algorithms import bdia
 from janax.experiments import plots, training
 from janax.experiments.bdia import digits
 from janax.experiments.bdia.config import Config, LatentsConfig
+from janax.experiments.config import MeshConfig
 from janax.experiments.errors import UserError
 from janax.experiments.session import Session
 from janax.jaxlib_ext import aot, sharding
@@ -70,23 +71,19 @@ class _Runs:
         }
 
 
-def _rows(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
-    """Inference keeps whole parameters on every device, so the batch takes all axes of the mesh."""
-    return jax.sharding.NamedSharding(mesh, jax.P(tuple(mesh.axis_names)))
-
-
 def programs(config: Config, devices: Any) -> Iterable[aot.Program]:
     """Guided sampling, a round trip and a training step over the mesh of these devices.
 
-    Inference replicates the parameters and shards the batch: no step needs communication. Training shards parameters, moments and average.
+    Inference keeps whole parameters on every device and spreads the batch over all of them: no step needs communication. Training shards
+    parameters, moments and average over the configured mesh.
     """
     latents, shape = config.latents, _shape(config.latents)
-    mesh = training.make_mesh(config.mesh, devices)
+    mesh = training.make_mesh(MeshConfig(), devices)
     batch = latents.batch_size
     size = (batch, shape.image_size, shape.image_size, shape.channels)
     params = jax.eval_shape(functools.partial(dit.init, shape), jax.eval_shape(jax.random.key, 0))
     half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(latents.dtype)), params)
-    rows = _rows(mesh)
+    rows = jax.sharding.NamedSharding(mesh, sharding.batch_spec(mesh))
     where = (sharding.shardings(half, _REPLICATED, mesh), rows, rows)
     arguments = (half, jax.ShapeDtypeStruct(size, jnp.float32), jax.ShapeDtypeStruct((batch,), jnp.int32))
     method = _Runs(latents, shape).methods["BDIA"]
@@ -111,7 +108,7 @@ def programs(config: Config, devices: Any) -> Iterable[aot.Program]:
         },
         training.make_optimizer(config.optimizer, num_steps=config.train.num_steps),
         config.train,
-        mesh=mesh,
+        mesh=training.make_mesh(config.mesh, devices),
         rules=dit.SHARDING_RULES,
         example_keys=True,
     )
@@ -124,7 +121,7 @@ def study(config: Config, session: Session) -> dict[str, Any]:
             "latents.weights must name a directory with DiT weights (diffusers' DiTTransformer2DModel layout) to run this study; "
             "without weights, `janax compile bdia --preset paper` shows that it fits, and `janax run bdia` is the laptop-sized study"
         )
-    mesh = training.make_mesh(config.mesh)
+    mesh = training.make_mesh(MeshConfig())
 
     def place(params: Any) -> Any:
         return sharding.shardings(params, _REPLICATED, mesh)
@@ -135,7 +132,7 @@ def study(config: Config, session: Session) -> dict[str, Any]:
         raise UserError(f"latents.weights: {error}") from error
     shape = dataclasses.replace(shape, dtype=config.latents.dtype, scan_layers=True)
     batch = config.latents.batch_size
-    rows = _rows(mesh)
+    rows = jax.sharding.NamedSharding(mesh, sharding.batch_spec(mesh))
     size = (batch, shape.image_size, shape.image_size, shape.channels)
     z = jax.jit(lambda key: jax.random.normal(key, size), out_shardings=rows)(jax.random.key(config.train.seed))
     labels = jax.device_put(np.arange(batch, dtype=np.int32) % shape.num_classes, rows)
