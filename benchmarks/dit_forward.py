@@ -2,9 +2,9 @@
 
     python benchmarks/dit_forward.py [--sizes digits small] [--threads 2] [--seconds 20] [--eigen] [--json FILE]
 
-Needs torch and diffusers next to janax. The two are timed alternately after a warm-up; a ratio below 1 means that janax is faster. Wall
-times on a shared machine favour whoever waits less at thread barriers, so processor time (all threads) is reported beside them: it hardly
-depends on the neighbours, except that idle OpenMP threads spin; `--threads 1` has no such waiting at all. Compile time is apart.
+Needs torch and diffusers next to janax. The two are timed alternately after a warm-up; a ratio below 1 means that janax is faster. torch's
+threads are told to sleep at barriers (OMP_WAIT_POLICY=PASSIVE, unless set): if they spin, a neighbour on the machine makes torch tens of
+times slower, which says nothing about janax. Processor time over all threads is reported beside wall time. Compile time is apart.
 
 What was tried for XLA on CPU (AVX2, jax 0.10.2; processor time of one core, relative to the code as it is; S/2 cut to two layers):
   attention without the explicit transpose to [b heads t k] before its products     3.2 (attention alone, wall time on 2 cores)
@@ -70,6 +70,7 @@ def main() -> None:
     if hasattr(os, "sched_setaffinity"):  # before the thread pools are made
         os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[: arguments.threads]))
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     import diffusers
     import jax

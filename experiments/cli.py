@@ -249,7 +249,8 @@ def _run_one(module: Any, name: str, preset: str, config: Any, workdir: Path) ->
 def _console() -> "Console":
     from rich.console import Console
 
-    return Console()
+    # In a file or a log nobody can widen the window: tables get room.
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
 
 
 # --- compile ---------------------------------------------------------------------------------------------------------------------------

@@ -131,7 +131,7 @@ SMOKE = Config(
     digits=DigitsConfig(
         parts=("quality", "reconstruction"), num_seeds=2, steps=(10,), gammas=(0.0, 0.3, 1.0), num_samples=256, num_edits=40
     ),
-    train=TrainConfig(num_steps=600, batch_size=64, ema_decay=0.99, checkpoint_every=300, log_every=50),
+    train=TrainConfig(num_steps=300, batch_size=64, ema_decay=0.99, checkpoint_every=150, log_every=25),
 )
 
 PAPER = Config(
