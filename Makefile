@@ -1,6 +1,6 @@
 # make demo        an experiment on data that comes with the package, and its report
 # make test        the fast tests                    make test-all    all of them
-# make lint        style, types, import directions   make bench       benchmarks
+# make lint        style, types, import directions   make bench       benchmarks beside torch and diffusers (an environment of its own)
 # make aot         compile the paper's scale for pods that are not there (an environment of its own: over 1 GB)
 # make clean       remove environments and caches; runs/ stays
 #
@@ -9,8 +9,10 @@
 VENV := .venv
 BIN := $(VENV)/bin
 AOT_VENV := .venv-aot
+BENCH_VENV := .venv-bench
+BENCHMARKS := $(filter-out benchmarks/harness.py benchmarks/aot_gpu.py,$(wildcard benchmarks/*.py))
 ARGS :=
-TOPOLOGIES := v5e:16x16 v5p:4x4x4 h100:2x8
+TOPOLOGIES := v5e:16x16 v5p:4x4x4 v6e:8x8 h100:1x8
 
 find_python = for p in "$(PYTHON)" python3.13 python3.12 python3.11 python3; do \
     [ -n "$$p" ] && "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; \
@@ -34,6 +36,11 @@ $(VENV)/.installed-dev: pyproject.toml
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
 	@touch $@ $(VENV)/.installed
 
+$(BENCH_VENV)/.installed: pyproject.toml
+	@$(call make_venv,$(BENCH_VENV))
+	$(BENCH_VENV)/bin/python -m pip install -q --disable-pip-version-check -e '.[tpu]' torch==2.13.0 diffusers
+	@touch $@
+
 $(AOT_VENV)/.installed: pyproject.toml
 	@$(call make_venv,$(AOT_VENV))
 	$(AOT_VENV)/bin/python -m pip install -q --disable-pip-version-check -e '.[tpu,aot-gpu]'
@@ -54,12 +61,12 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	PYTHONPATH=.ci/typing $(BIN)/lint-imports
 
-bench: $(VENV)/.installed-dev
-	@for script in benchmarks/*.py; do [ -e "$$script" ] || continue; echo "$$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; done
+bench: $(BENCH_VENV)/.installed
+	@for script in $(BENCHMARKS); do echo "$$script"; $(BENCH_VENV)/bin/python "$$script" $(ARGS) || exit 1; done
 
 aot: $(AOT_VENV)/.installed
 	$(AOT_VENV)/bin/janax compile bdia --topology $(TOPOLOGIES) $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(AOT_VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(AOT_VENV) $(BENCH_VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

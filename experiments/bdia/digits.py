@@ -246,13 +246,9 @@ def _pairs(network: Network, grid: bdia.Grid, num_levels: int | None = None) -> 
 
 @functools.cache
 def _trips(network: Network, steps: int) -> Callable[..., dict[str, jax.Array]]:
-    """Compiled round trips: (params, x, labels) -> mean squared error by method."""
+    """Compiled round trips: (params, x, labels) -> images by method."""
     pairs = _pairs(network, bdia.vp_grid(sd_alphas_cumprod(), steps))
-
-    def trips(p: Any, x: jax.Array, c: jax.Array) -> dict[str, jax.Array]:
-        return {name: jnp.mean((decode(p, encode(p, x, c), c) - x) ** 2) for name, (encode, decode) in pairs.items()}
-
-    return jax.jit(trips)
+    return jax.jit(lambda p, x, c: {name: decode(p, encode(p, x, c), c) for name, (encode, decode) in pairs.items()})
 
 
 def _reconstruction(config: DigitsConfig, network: Network, params: Any) -> dict[str, Any]:
@@ -264,7 +260,7 @@ def _reconstruction(config: DigitsConfig, network: Network, params: Any) -> dict
             dtype = jnp.float64 if wide else jnp.float32
             weights = jax.tree.map(lambda x, dtype=dtype: jnp.asarray(x, dtype), params)
             x, c = jnp.asarray(digits.test[: config.num_edits], dtype), jnp.asarray(digits.test_labels[: config.num_edits])
-            found[name] = {method: float(value) for method, value in _trips(network, steps)(weights, x, c).items()}
+            found[name] = {method: float(jnp.mean((image - x) ** 2)) for method, image in _trips(network, steps)(weights, x, c).items()}
     return found
 
 
@@ -381,45 +377,41 @@ def _cost() -> dict[str, float]:
     return found
 
 
-@functools.cache
-def _trip_images(network: Network, steps: int) -> Callable[..., dict[str, jax.Array]]:
-    """Compiled round trips: (params, x, labels) -> images by method."""
-    pairs = _pairs(network, bdia.vp_grid(sd_alphas_cumprod(), steps))
-    return jax.jit(lambda p, x, c: {name: decode(p, encode(p, x, c), c) for name, (encode, decode) in pairs.items()})
-
-
 def _pictures(config: DigitsConfig, network: Network, params: Any, session: Session) -> list[str]:
-    """Samples, round trips and edits as pictures, from the first network; few enough images to compile and draw quickly."""
+    """Samples, round trips and edits as pictures, from the first network, through the functions that the studies have compiled."""
     digits = load()
-    labels = jnp.arange(10)
-    z = _start(10, 3)
+    labels = digits.train_labels[: config.num_samples]
+    z, first = _start(config.num_samples, 0), [int(np.argmax(labels == label)) for label in range(10)]
     rows, names = [], []
-    for steps in config.steps:
-        for gamma, name in ((0.0, "DDIM"), (0.3, "BDIA .3"), (1.0, "BDIA 1")):
-            rows.append(np.asarray(_sweep(network, steps)(params, z, labels, jnp.float32(gamma))))
-            names.append(f"{name}, N = {steps}")
-        for name in SAMPLERS:
-            rows.append(np.asarray(_sampler(network, steps, name)(params, z, labels)))
-            names.append(f"{name}, N = {steps}")
+    for steps in sorted({config.steps[0], config.steps[-1]}):
+        runs = {
+            f"BDIA {g:g}" if g else "DDIM": functools.partial(_sweep(network, steps), params, z, labels, jnp.float32(g))
+            for g in config.gammas
+        }
+        runs |= {name: functools.partial(_sampler(network, steps, name), params, z, labels) for name in SAMPLERS}
+        rows += [np.asarray(run())[first] for run in runs.values()]
+        names += [f"{name}, N = {steps}" for name in runs]
     plots.image_grid(session.figure_path("samples.png"), np.concatenate(rows), columns=10, row_labels=names, limits=(-1, 1))
 
-    pick = [int(np.argmax(digits.test_labels == label)) for label in range(10)]
-    x = digits.test[pick]
-    trips = {name: np.asarray(image) for name, image in _trip_images(network, 10)(params, jnp.asarray(x), labels).items()}
+    test, test_labels = digits.test[: config.num_edits], digits.test_labels[: config.num_edits]
+    pick = [int(np.argmax(test_labels == label)) for label in range(10)]
+    x, labels = test[pick], test_labels[pick]
+    trips = _trips(network, 10)(params, jnp.asarray(test), jnp.asarray(test_labels))
+    trips = {name: np.asarray(image)[pick] for name, image in trips.items()}
     shown = {name: trips[name] for name in ("DDIM", "BDIA 1", "EDICT .93", "O-BELM")}
     rows = [x, *shown.values(), *(np.abs(image - x) * 4 - 1 for image in shown.values())]
     names = ["original", *shown, *(f"{name}: 4 x |error|" for name in shown)]
     plots.image_grid(session.figure_path("round-trips.png"), np.concatenate(rows), columns=10, row_labels=names, limits=(-1, 1))
 
     if "edits" in config.parts:
-        edits = _editor(network)(params, jnp.asarray(x), labels, (labels + 5) % 10, jnp.float32(1.0))
+        edits = _editor(network)(params, jnp.asarray(x), jnp.asarray(labels), jnp.asarray((labels + 5) % 10), jnp.float32(1.0))
         rows = [x, *(np.asarray(edits[name][0]) for name in ("DDIM", "BDIA 0.96", "O-BELM", "EDICT .93"))]
         plots.image_grid(
             session.figure_path("edits.png"),
             np.concatenate(rows),
             columns=10,
             row_labels=("source", "DDIM", "BDIA 0.96", "O-BELM", "EDICT .93"),
-            column_labels=[f"{label} to {(label + 5) % 10}" for label in range(10)],
+            column_labels=[f"{label} to {(label + 5) % 10}" for label in labels],
             limits=(-1, 1),
         )
     return sorted(path.name for path in session.figure_path("samples.png").parent.glob("*.png"))
