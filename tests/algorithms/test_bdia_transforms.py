@@ -169,7 +169,7 @@ def test_reversible_gradient_equals_autodiff(vp, name, x64):
 
 
 def _mlp_problem(num_steps):
-    grid = bdia.vp_grid(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)), num_steps)
+    grid = bdia.vp_grid(np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2), num_steps)
     keys = jax.random.split(jax.random.key(0), 3)
     params = [jax.random.normal(k, s) * s[0] ** -0.5 for k, s in zip(keys, ((8, 128), (128, 128), (128, 8)))]
 
