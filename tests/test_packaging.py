@@ -138,10 +138,10 @@ def test_a_machines_path_is_seen(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["https://example.org/home/x", "at {}tmp", "a/opt/b", "~/work/x", "../root/x", "/dev/null", "models / work / x"]
+    "text", ["https://example.org/home/x", "at {}tmp", "a/opt/b", "~{}work/x", "..{}root/x", "/dev/null", "models / work / x"]
 )
 def test_other_paths_pass(text):
-    assert not MACHINE_PATH.search(text)
+    assert not MACHINE_PATH.search(text.format("/"))
 
 
 def test_importing_janax_is_fast_and_loads_nothing():

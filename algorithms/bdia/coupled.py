@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from janax.algorithms.bdia import loop
-from janax.algorithms.bdia.grid import Grid, Levels, checked, edm_levels, flow_levels, move_coefficients, sigma_bar
+from janax.algorithms.bdia.grid import Grid, Levels, checked, climbed, edm_levels, flow_levels, move_coefficients, sigma_bar
 from janax.algorithms.bdia.prediction import NoiseFn, evaluator
 from janax.jaxlib_ext import checks, dtypes
 
@@ -169,9 +169,7 @@ def _reversible_heun(
 
 
 def _level_range(function: str, num_levels: int | None, grid: Grid, *, down: bool) -> np.ndarray:
-    levels = grid.num_steps if num_levels is None else num_levels
-    if not 1 <= levels <= grid.num_steps:
-        raise ValueError(f"{function}: 'num_levels' is {num_levels}, expected between 1 and the {grid.num_steps} steps of 'grid'")
+    levels = climbed(function, num_levels, grid, lowest=1)
     return np.arange(levels, 0, -1) if down else np.arange(1, levels + 1)
 
 

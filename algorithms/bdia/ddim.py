@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from janax.algorithms.bdia.grid import Grid, checked, move_coefficients
+from janax.algorithms.bdia.grid import Grid, checked, climbed, move_coefficients
 from janax.algorithms.bdia.prediction import NoiseFn, evaluator
 from janax.jaxlib_ext import checks, dtypes
 
@@ -33,13 +33,6 @@ def move(z_i: jax.Array, eps_i: jax.Array, grid: Grid, source: int, target: int)
     return jnp.asarray(scale, z_i.dtype) * z_i + jnp.asarray(slope, z_i.dtype) * eps_i
 
 
-def _levels(function: str, num_levels: int | None, grid: Grid) -> int:
-    levels = grid.num_steps if num_levels is None else num_levels
-    if not 1 <= levels <= grid.num_steps:
-        raise ValueError(f"{function}: 'num_levels' is {num_levels}, expected between 1 and the {grid.num_steps} steps of 'grid'")
-    return levels
-
-
 def _moves(grid: Grid, source: np.ndarray, target: np.ndarray, at: np.ndarray, dtype: Any) -> tuple[jax.Array, ...]:
     scale, slope = move_coefficients(grid, source, target)
     return tuple(jnp.asarray(x, dtype) for x in (grid.time[at], scale, slope))
@@ -64,7 +57,7 @@ def ddim_sample(
     Reference: Song et al., arXiv:2010.02502.
     """
     grid = checked("ddim_sample", grid)
-    level = np.arange(_levels("ddim_sample", num_levels, grid), 0, -1)
+    level = np.arange(climbed("ddim_sample", num_levels, grid, lowest=1), 0, -1)
     dtype, z = z_N.dtype, dtypes.at_least_float32(z_N)
     evaluate = evaluator("ddim_sample", noise_fn)
 
@@ -105,7 +98,7 @@ def ddim_invert(
     grid = checked("ddim_invert", grid)
     checks.one_of("ddim_invert", "convention", convention, ("current", "target"))
     checks.require_finite("ddim_invert", z_0=z_0)
-    level = np.arange(_levels("ddim_invert", num_levels, grid))
+    level = np.arange(climbed("ddim_invert", num_levels, grid, lowest=1))
     dtype, z = z_0.dtype, dtypes.at_least_float32(z_0)
     evaluate = evaluator("ddim_invert", noise_fn)
 
@@ -162,7 +155,7 @@ def fixed_point_invert(
     if num_iters < 1:
         raise ValueError(f"fixed_point_invert: 'num_iters' is {num_iters}, expected at least 1")
     checks.require_finite("fixed_point_invert", z_0=z_0)
-    level = np.arange(1, _levels("fixed_point_invert", num_levels, grid) + 1)
+    level = np.arange(1, climbed("fixed_point_invert", num_levels, grid, lowest=1) + 1)
     dtype, z = z_0.dtype, dtypes.at_least_float32(z_0)
     evaluate = evaluator("fixed_point_invert", noise_fn)
 

@@ -8,7 +8,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from janax.algorithms.bdia import loop
-from janax.algorithms.bdia.grid import Grid, checked, move_coefficients
+from janax.algorithms.bdia.grid import Grid, checked, climbed, move_coefficients
 from janax.algorithms.bdia.prediction import NoiseFn, evaluator
 from janax.jaxlib_ext import checks, dtypes
 
@@ -169,9 +169,7 @@ def _run(
     p_value = np.asarray(p) if checks.is_concrete(p) else None
     if p_value is not None and not np.all((p_value > 0) & (p_value <= 1)):
         raise ValueError(f"{function}: 'p' is {p}, expected within (0, 1]; 0.93 is the published default")
-    levels = grid.num_steps if num_levels is None else num_levels
-    if not 1 <= levels <= grid.num_steps:
-        raise ValueError(f"{function}: 'num_levels' is {num_levels}, expected between 1 and the {grid.num_steps} steps of 'grid'")
+    levels = climbed(function, num_levels, grid, lowest=1)
     state = EdictState(*(dtypes.at_least_float32(z) for z in state))
     dtype = state.x.dtype
     p = jnp.asarray(p).astype(dtype)

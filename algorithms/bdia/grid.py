@@ -195,6 +195,14 @@ def checked(function: str, grid: Grid, *, strict: bool = False, invertible_top: 
     return Grid(alpha, sigma, time)
 
 
+def climbed(function: str, num_levels: int | None, grid: Grid, *, lowest: int) -> int:
+    """M, how many levels a partial run climbs: `num_levels`, or N if it is None; raises ValueError outside lowest..N."""
+    levels = grid.num_steps if num_levels is None else num_levels
+    if not lowest <= levels <= grid.num_steps:
+        raise ValueError(f"{function}: 'num_levels' is {num_levels}, expected between {lowest} and the {grid.num_steps} steps of 'grid'")
+    return levels
+
+
 def sigma_bar(grid: Grid) -> np.ndarray:
     """[N+1] sb_i = sigma_i / alpha_i, the clock of the ODE d zb / d sb = eps."""
     return grid.sigma / grid.alpha

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from janax.algorithms.bdia.grid import Grid, checked, sigma_bar
+from janax.algorithms.bdia.grid import Grid, checked, climbed, sigma_bar
 from janax.algorithms.bdia.prediction import NoiseFn, evaluator
 from janax.algorithms.bdia.two_step import COORDS, BdiaState
 from janax.jaxlib_ext import checks, dtypes
@@ -173,7 +173,7 @@ def bdia_heun_encode(
     checks.one_of("bdia_heun_encode", "variant", variant, VARIANTS[:2])
     if checks.is_concrete(gamma) and not np.all(np.asarray(gamma) > 0):
         raise ValueError(f"bdia_heun_encode: 'gamma' is {gamma}, expected within (0, 1] for inversion")
-    levels = _levels("bdia_heun_encode", num_levels, grid)
+    levels = climbed("bdia_heun_encode", num_levels, grid, lowest=2)
     if isinstance(z_0, tuple):
         state = BdiaState(*(dtypes.at_least_float32(z) for z in z_0))
         checks.require_finite("bdia_heun_encode", z_0=state.z_i, z_1=state.z_ip1)
@@ -220,16 +220,9 @@ def bdia_heun_decode(
     dtype = state[0].dtype
     state = BdiaState(*(dtypes.at_least_float32(z) for z in state))
     ode = _Ode("bdia_heun_decode", noise_fn, params, grid, cond, state.z_i.dtype)
-    levels = _levels("bdia_heun_decode", num_levels, grid)
+    levels = climbed("bdia_heun_decode", num_levels, grid, lowest=2)
     state = _heun_down("bdia_heun_decode", ode, state, None, grid, gamma, variant, coords, levels)
     return BdiaState(*(z.astype(dtype) for z in state))
-
-
-def _levels(function: str, num_levels: int | None, grid: Grid) -> int:
-    levels = grid.num_steps if num_levels is None else num_levels
-    if not 2 <= levels <= grid.num_steps:
-        raise ValueError(f"{function}: 'num_levels' is {num_levels}, expected between 2 and the {grid.num_steps} steps of 'grid'")
-    return levels
 
 
 def _heun_down(

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from janax.algorithms.bdia.grid import Grid, checked, move_coefficients
+from janax.algorithms.bdia.grid import Grid, checked, climbed, move_coefficients
 from janax.algorithms.bdia.prediction import NoiseFn, evaluator
 from janax.algorithms.bdia.two_step import coefficients
 from janax.jaxlib_ext import checks, dtypes
@@ -129,7 +129,6 @@ def integer_encode(
       ValueError: as `integer_sample`; nan in a concrete z_0.
     """
     grid = checked("integer_encode", grid, invertible_top=False)
-    levels = grid.num_steps if num_levels is None else num_levels
     rule = _Rule("integer_encode", noise_fn, params, grid, gamma, bits, coords, cond)
     if isinstance(z_0, tuple):
         state = z_0
@@ -139,7 +138,7 @@ def integer_encode(
         n_0 = quantize(z_0, bits=bits)
         n_1, overflow = rule.increment(n_0, *(jnp.asarray(x, rule.dtype) for x in (grid.time[0], scale, slope)))
         state = IntegerState(n_i=n_0, n_ip1=n_1, side=rule.empty_side(n_0, grid.num_steps), overflow=overflow)
-    return rule.run(state, levels, down=False)
+    return rule.run(state, num_levels, down=False)
 
 
 def integer_decode(
@@ -159,7 +158,7 @@ def integer_decode(
     if not isinstance(state, tuple) or len(state) != 4:
         raise ValueError(f"integer_decode: 'state' must be IntegerState(n_i, n_ip1, side, overflow), got {type(state).__name__}")
     rule = _Rule("integer_decode", noise_fn, params, grid, gamma, bits, coords, cond)
-    return rule.run(state, grid.num_steps if num_levels is None else num_levels, down=True)
+    return rule.run(state, num_levels, down=True)
 
 
 class _Rule:
@@ -207,9 +206,8 @@ class _Rule:
         bits = (num_steps - 1) * math.log2(self.q / self.p) + 2 * math.log2(self.q) + 1
         return jnp.zeros((math.ceil(bits / _LIMB), *n.shape), jnp.uint32)
 
-    def run(self, state: IntegerState, levels: int, *, down: bool) -> IntegerState:
-        if not 2 <= levels <= self.grid.num_steps:
-            raise ValueError(f"{self.function}: 'num_levels' is {levels}, expected between 2 and the {self.grid.num_steps} steps of 'grid'")
+    def run(self, state: IntegerState, num_levels: int | None, *, down: bool) -> IntegerState:
+        levels = climbed(self.function, num_levels, self.grid, lowest=2)
         checks.check_shapes(self.function, n_i=(state.n_i, "..."), n_ip1=(state.n_ip1, "..."))
         order = slice(None, None, -1) if down else slice(None)
         rows = (self.grid.time[1:levels], self.table.b[: levels - 1], self.table.c[: levels - 1])  # type: ignore[index]

@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from janax.algorithms.bdia import diagnostics, loop
-from janax.algorithms.bdia.grid import Grid, checked, move_coefficients, sigma_bar
+from janax.algorithms.bdia.grid import Grid, checked, climbed, move_coefficients, sigma_bar
 from janax.algorithms.bdia.prediction import NoiseFn, evaluator
 from janax.jaxlib_ext import checks, dtypes
 
@@ -286,7 +286,7 @@ def encode(
     13), which biases the latents; this is not reproduced.
     """
     grid = checked("encode", grid, invertible_top=False)
-    levels = _num_levels("encode", num_levels, grid)
+    levels = climbed("encode", num_levels, grid, lowest=2)
     checks.one_of("encode", "unstable", unstable, ("warn", "raise", "ignore"))
     rows = _rows("encode", coeffs, grid, levels)
     if checks.is_concrete(rows.a) and not np.all(np.asarray(rows.a) > 0):
@@ -348,7 +348,7 @@ def decode(
       ValueError: if the second state is missing, or on wrong shapes.
     """
     grid = checked("decode", grid, invertible_top=False)
-    levels = _num_levels("decode", num_levels, grid)
+    levels = climbed("decode", num_levels, grid, lowest=2)
     state = _pair("decode", state)
     dtype = state.z_i.dtype
     checks.check_shapes("decode", z_i=(state.z_i, "..."), z_ip1=(state.z_ip1, "..."))
@@ -412,13 +412,6 @@ def _pair(function: str, state: Any) -> BdiaState:
             "exact inversion needs both states, so keep what encode and sample return"
         )
     return BdiaState(*state)
-
-
-def _num_levels(function: str, num_levels: int | None, grid: Grid) -> int:
-    levels = grid.num_steps if num_levels is None else num_levels
-    if not 2 <= levels <= grid.num_steps:
-        raise ValueError(f"{function}: 'num_levels' is {num_levels}, expected between 2 and the {grid.num_steps} steps of 'grid'")
-    return levels
 
 
 def _rows(function: str, coeffs: BdiaCoeffs, grid: Grid, levels: int) -> BdiaCoeffs:
