@@ -13,8 +13,10 @@ Where to read what:
   ddim        DDIM, its inversions, fixed-point inversion   edict        the two-chain competitor
   heun        EDM's Heun, BDIA-EDM, DPM-Solver++ 2M         coupled      reversible Heun, McCallum-Foster / Rex with tableaus
   flow        RF-Solver, FireFlow, Uni-Inv                  integer      bit-exact inversion in fixed point
+  multistep   BELM with more than two steps                 adaptive     levels chosen by the error, as a grid
 """
 
+from janax.algorithms.bdia.adaptive import AdaptiveInfo, adaptive_grid
 from janax.algorithms.bdia.coupled import (
     DOPRI5,
     EULER,
@@ -57,8 +59,24 @@ from janax.algorithms.bdia.grid import (
     vp_grid,
     vp_levels,
 )
-from janax.algorithms.bdia.heun import bdia_heun_decode, bdia_heun_encode, bdia_heun_sample, dpm_solver_2m_sample, heun_sample
+from janax.algorithms.bdia.heun import (
+    bdia_dpm_solver_2m_sample,
+    bdia_heun_decode,
+    bdia_heun_encode,
+    bdia_heun_sample,
+    dpm_solver_2m_sample,
+    heun_sample,
+)
 from janax.algorithms.bdia.integer import IntegerState, dequantize, integer_decode, integer_encode, integer_sample, quantize, side_bits
+from janax.algorithms.bdia.multistep import (
+    MultistepCoeffs,
+    MultistepState,
+    multistep_coefficients,
+    multistep_decode,
+    multistep_encode,
+    multistep_roots,
+    multistep_sample,
+)
 from janax.algorithms.bdia.prediction import (
     Guidance,
     NoiseFn,
@@ -93,6 +111,7 @@ __all__ = [
     "RK4",
     "SSPRK3",
     "TSIT5",
+    "AdaptiveInfo",
     "Amplification",
     "BdiaCoeffs",
     "BdiaState",
@@ -104,10 +123,14 @@ __all__ = [
     "Guidance",
     "IntegerState",
     "Levels",
+    "MultistepCoeffs",
+    "MultistepState",
     "NoiseFn",
     "ReversibleHeunState",
     "Tableau",
+    "adaptive_grid",
     "amplification",
+    "bdia_dpm_solver_2m_sample",
     "bdia_heun_decode",
     "bdia_heun_encode",
     "bdia_heun_sample",
@@ -146,6 +169,11 @@ __all__ = [
     "minimum_gamma",
     "move",
     "move_coefficients",
+    "multistep_coefficients",
+    "multistep_decode",
+    "multistep_encode",
+    "multistep_roots",
+    "multistep_sample",
     "noise_fn_from",
     "quantize",
     "reversible_heun_decode",

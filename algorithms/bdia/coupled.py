@@ -4,6 +4,12 @@ method.
 They invert exactly like BDIA; what differs is order, stability and cost. y = z / w is integrated against a clock s:
   prediction="noise"   w = alpha, s = sigma / alpha, dy/ds = eps
   prediction="data"    w = sigma, s = alpha / sigma, dy/ds = x0hat    (needs sigma_0 > 0)
+
+With `churn` = tau > 0 the coupled solver follows the reverse diffusion instead of the flow: d zb = (1 + tau^2) eps d sb + tau sqrt(2 sb) dW,
+whose noise does not depend on the state. Each step's increment is drawn from the key and the level, so that the inverse can draw it again
+and no path is stored. In the variables above, with r = tau^2:
+  prediction="noise"   dy = (1 + r) eps ds + dM                      Var M over a step = r |sb_i^2 - sb_{i-1}^2|
+  prediction="data"    w = alpha sb^(1+r), s = sb^-(1+r), dy = x0hat ds + dM      Var M = |sb_i^(-2r) - sb_{i-1}^(-2r)|
 """
 
 from typing import Any, NamedTuple
@@ -245,6 +251,8 @@ def coupled_sample(
     zeta: ArrayLike = 0.999,
     prediction: str = "noise",
     levels: Levels | None = None,
+    churn: float = 0.0,
+    key: jax.Array | None = None,
     cond: Any = None,
     gradient: str = "autodiff",
 ) -> CoupledState:
@@ -260,6 +268,8 @@ def coupled_sample(
       prediction: "noise" (for inversion) or "data" (reported to blow up latents). Static.
       levels: sigma-bar -> (alpha, time) for stages between levels: `vp_levels(alphas_cumprod)`, `edm_levels`, `flow_levels`; by default told
         from the grid, with time interpolated between its levels (then that interpolation bounds the accuracy). Static.
+      churn: tau >= 0: 0 follows the probability flow, 1 the reverse diffusion of the forward process. Static.
+      key: Draws the noise of every step anew, the same in both directions; needed where churn > 0.
       cond: Passed on to the network.
       gradient: "autodiff" or "reversible" (memory independent of N). Static.
 
@@ -278,6 +288,8 @@ def coupled_sample(
         zeta=zeta,
         prediction=prediction,
         levels=levels,
+        churn=churn,
+        key=key,
         cond=cond,
         gradient=gradient,
     )
@@ -294,6 +306,8 @@ def coupled_decode(
     zeta: ArrayLike = 0.999,
     prediction: str = "noise",
     levels: Levels | None = None,
+    churn: float = 0.0,
+    key: jax.Array | None = None,
     cond: Any = None,
     num_levels: int | None = None,
     gradient: str = "autodiff",
@@ -311,6 +325,8 @@ def coupled_decode(
       zeta: As in `coupled_sample`. Traced.
       prediction: As in `coupled_sample`. Static.
       levels: As in `coupled_sample`. Static.
+      churn: As in `coupled_sample`. Static.
+      key: As in `coupled_sample`; the same key undoes the run.
       cond: Passed on to the network.
       num_levels: M, N by default. Static.
       gradient: "autodiff" or "reversible". Static.
@@ -319,10 +335,25 @@ def coupled_decode(
       Both chains at level 0, float32 or wider.
 
     Raises:
-      ValueError: on wrong shapes, an unknown option, a zeta outside (0, 1], a repeated level, or prediction="data" with sigma_0 = 0.
+      ValueError: on wrong shapes, an unknown option, a zeta outside (0, 1], a repeated level, prediction="data" with sigma_0 = 0, or a churn
+        without a key.
     """
     return _coupled(
-        "coupled_decode", noise_fn, params, state, grid, tableau, zeta, prediction, levels, cond, num_levels, gradient, down=True
+        "coupled_decode",
+        noise_fn,
+        params,
+        state,
+        grid,
+        tableau,
+        zeta,
+        prediction,
+        levels,
+        churn,
+        key,
+        cond,
+        num_levels,
+        gradient,
+        down=True,
     )
 
 
@@ -336,6 +367,8 @@ def coupled_encode(
     zeta: ArrayLike = 0.999,
     prediction: str = "noise",
     levels: Levels | None = None,
+    churn: float = 0.0,
+    key: jax.Array | None = None,
     cond: Any = None,
     num_levels: int | None = None,
     gradient: str = "autodiff",
@@ -349,7 +382,21 @@ def coupled_encode(
     state = z_0 if isinstance(z_0, tuple) else CoupledState(z_0, z_0)
     checks.require_finite("coupled_encode", x=state[0], x_hat=state[1])
     return _coupled(
-        "coupled_encode", noise_fn, params, state, grid, tableau, zeta, prediction, levels, cond, num_levels, gradient, down=False
+        "coupled_encode",
+        noise_fn,
+        params,
+        state,
+        grid,
+        tableau,
+        zeta,
+        prediction,
+        levels,
+        churn,
+        key,
+        cond,
+        num_levels,
+        gradient,
+        down=False,
     )
 
 
@@ -363,6 +410,8 @@ def _coupled(
     zeta: ArrayLike,
     prediction: str,
     levels: Levels | None,
+    churn: float,
+    key: jax.Array | None,
     cond: Any,
     num_levels: int | None,
     gradient: str,
@@ -380,62 +429,78 @@ def _coupled(
         )
     if checks.is_concrete(zeta) and not np.all((np.asarray(zeta) > 0) & (np.asarray(zeta) <= 1)):
         raise ValueError(f"{function}: 'zeta' is {zeta}, expected within (0, 1]; 0.999 is the published default")
+    if not churn >= 0 or (churn > 0 and key is None):
+        raise ValueError(f"{function}: 'churn' is {churn}, expected 0, or above 0 together with a 'key' that draws the noise")
     state = CoupledState(*(dtypes.at_least_float32(x) for x in state))
     dtype = state.x.dtype
     level = _level_range(function, num_levels, grid, down=down)
     evaluate = evaluator(function, noise_fn)
     place = levels or _levels_of(function, grid)
 
+    sb, power = sigma_bar(grid), 1 + churn**2
+    if prediction == "noise":
+        clock, inverse_clock, weigh = sb, lambda s: s, lambda alpha, at: alpha
+        variance = churn**2 * (sb[level] ** 2 - sb[level - 1] ** 2)
+    else:
+        clock, inverse_clock, weigh = sb**-power, lambda s: s ** (-1 / power), lambda alpha, at: alpha * at**power
+        variance = sb[level - 1] ** (-2 * churn**2) - sb[level] ** (-2 * churn**2)
+
     def stages(source: np.ndarray, target: np.ndarray) -> dict[str, np.ndarray]:
-        """[steps stages] alpha, sigma and time at the nodes of the base method from one level to the next, and the clock's step."""
-        sb = sigma_bar(grid)
-        clock = sb if prediction == "noise" else 1.0 / sb
+        """[steps stages] the network's alpha, sigma, time and weight w at the base method's nodes between two levels, and the clock's step."""
         h, nodes = (clock[target] - clock[source])[:, None], np.asarray(tableau.c)[None, :]
-        at = clock[source][:, None] + nodes * h
-        at = at if prediction == "noise" else 1.0 / at
+        at = inverse_clock(clock[source][:, None] + nodes * h)
         alpha, time = place(at)
         sigma = at * alpha
         for node, index in ((0.0, source), (1.0, target)):  # at the levels themselves: the grid's own numbers
             here = np.broadcast_to(nodes == node, at.shape)
             alpha, sigma, time = (np.where(here, own[index][:, None], x) for own, x in zip(grid, (alpha, sigma, time)))
-        return {"alpha": alpha, "sigma": sigma, "time": time, "h": h[:, 0]}
+            at = np.where(here, sb[index][:, None], at)
+        return {"alpha": alpha, "sigma": sigma, "time": time, "weight": weigh(alpha, at), "h": h[:, 0]}
 
     tables = {"psi": stages(level, level - 1), "back": stages(level - 1, level)}
-    weight = grid.alpha if prediction == "noise" else grid.sigma
-    xs = jax.tree.map(lambda x: jnp.asarray(x, dtype), (weight[level], weight[level - 1], tables))
+    weight = weigh(grid.alpha, sb)
+    xs = jax.tree.map(lambda x: jnp.asarray(x, dtype), (weight[level], weight[level - 1], tables, np.sqrt(variance)))
+    xs = (*xs, jnp.asarray(level, jnp.int32))
 
-    def increment(params: Any, cond: Any, y: jax.Array, table: dict[str, jax.Array]) -> jax.Array:
+    def noise(bundle: Any, like: jax.Array, scale: jax.Array, level: jax.Array) -> jax.Array | None:
+        """The martingale's increment on the way down from a level: the same whenever and in whatever direction it is asked for."""
+        if key is None or not churn:
+            return None
+        step_key = jax.random.fold_in(jax.random.wrap_key_data(bundle[3], impl=jax.random.key_impl(key)), level)
+        return scale * jax.random.normal(step_key, like.shape, like.dtype)
+
+    def increment(bundle: Any, y: jax.Array, table: dict[str, jax.Array], noise: jax.Array | None, sign: int) -> jax.Array:
+        params, cond = bundle[:2]
         slopes: list[jax.Array] = []
         for j, row in enumerate(tableau.a):
-            point = y
+            point = y if noise is None else y + sign * tableau.c[j] * noise
             for weight_jl, slope in zip(row, slopes):
                 if weight_jl:
                     point = point + table["h"] * weight_jl * slope
-            alpha, sigma, time = table["alpha"][j], table["sigma"][j], table["time"][j]
-            z = (alpha if prediction == "noise" else sigma) * point
-            eps = evaluate(params, z, time, cond)
-            slopes.append(eps if prediction == "noise" else (z - sigma * eps) / alpha)
+            z = table["weight"][j] * point
+            eps = evaluate(params, z, table["time"][j], cond)
+            slopes.append(power * eps if prediction == "noise" else (z - table["sigma"][j] * eps) / table["alpha"][j])
         total = sum((b * slope for b, slope in zip(tableau.b, slopes) if b), jnp.zeros_like(y))
-        return table["h"] * total
+        return table["h"] * total if noise is None else table["h"] * total + sign * noise
 
     def down_step(bundle: Any, state: CoupledState, x: Any) -> CoupledState:
-        params, cond, zeta = bundle
-        above, below, table = x
+        zeta, (above, below, table, scale, level) = bundle[2], x
+        kick = noise(bundle, state.x, scale, level)
         mixed = zeta * state.x + (1 - zeta) * state.x_hat
-        new = (below / above) * mixed + below * increment(params, cond, state.x_hat / above, table["psi"])
-        new_hat = (below / above) * state.x_hat - below * increment(params, cond, new / below, table["back"])
+        new = (below / above) * mixed + below * increment(bundle, state.x_hat / above, table["psi"], kick, 1)
+        new_hat = (below / above) * state.x_hat - below * increment(bundle, new / below, table["back"], kick, -1)
         return CoupledState(x=new, x_hat=new_hat)
 
     def up_step(bundle: Any, state: CoupledState, x: Any) -> CoupledState:
-        params, cond, zeta = bundle
-        above, below, table = x
-        old_hat = (above / below) * state.x_hat + above * increment(params, cond, state.x / below, table["back"])
-        rest = (above / below) * state.x - above * increment(params, cond, old_hat / above, table["psi"])
+        zeta, (above, below, table, scale, level) = bundle[2], x
+        kick = noise(bundle, state.x, scale, level)
+        old_hat = (above / below) * state.x_hat + above * increment(bundle, state.x / below, table["back"], kick, -1)
+        rest = (above / below) * state.x - above * increment(bundle, old_hat / above, table["psi"], kick, 1)
         return CoupledState(x=(rest - (1 - zeta) * old_hat) / zeta, x_hat=old_hat)
 
     amplification = float(np.min(np.asarray(zeta))) ** -len(level) if down and checks.is_concrete(zeta) else None
     rules = (down_step, up_step) if down else (up_step, down_step)
-    bundle = (params, cond, jnp.asarray(zeta).astype(dtype))
+    bundle = (params, cond, jnp.asarray(zeta).astype(dtype), None if key is None else jax.random.key_data(key))
     return loop.run(function, *rules, bundle, state, xs, gradient=gradient, amplification=amplification)
 
 

@@ -127,19 +127,28 @@ def fixed_point_invert(
     grid: Grid,
     *,
     num_iters: int = 5,
+    memory: int = 0,
+    average_last: int = 1,
     cond: Any = None,
     num_levels: int | None = None,
 ) -> tuple[jax.Array, FixedPointInfo]:
-    """Inverts unmodified DDIM by solving z_{i-1} = a z_i + b eps(z_i, t_i) for z_i: z_i <- (z_{i-1} - b eps(z_i, t_i)) / a, K times.
+    """Inverts unmodified DDIM by solving z_{i-1} = a z_i + b eps(z_i, t_i) for z_i: z_i <- g(z_i) = (z_{i-1} - b eps(z_i, t_i)) / a, K times.
 
     Starts from z_i = z_{i-1}; one iteration is `ddim_invert(convention="target")`. Converges to the exact inverse where |b/a d eps/dz| < 1.
+
+    Two ways to help it, both off by default:
+      memory = m > 0     Anderson acceleration (AIDI): the next iterate is sum_l w_l g(z^(l)) over the last m + 1 iterates, whose weights, adding
+                         to one, minimise |sum_l w_l (g(z^(l)) - z^(l))|
+      average_last = n   ReNoise: the mean of the last n iterates, which damps an iteration that circles instead of settling
 
     Args:
       noise_fn: (params, z, t, cond) -> eps. Static.
       params: Its parameters.
-      z_0: [...] data.
+      z_0: [...] data. Weights of `memory` are shared by everything in the array: map over examples with `jax.vmap` to give each its own.
       grid: N + 1 levels.
       num_iters: K network evaluations per step. Static.
+      memory: m, below `num_iters`; 1 to 5 is usual. Static.
+      average_last: n, at most `num_iters`. Static.
       cond: Passed on to the network.
       num_levels: Level to climb to, N by default. Static.
 
@@ -147,13 +156,17 @@ def fixed_point_invert(
       z_M [...] in the dtype of z_0, and the residuals.
 
     Raises:
-      ValueError: if `num_iters` is below one.
+      ValueError: if `num_iters`, `memory` or `average_last` is out of range.
 
-    Reference: Pan et al., arXiv:2309.04907 (AIDI, without its acceleration); Garibi et al., arXiv:2403.14602 (ReNoise, without averaging).
+    Reference: Pan et al., arXiv:2309.04907 (AIDI); Garibi et al., arXiv:2403.14602 (ReNoise); Walker and Ni, doi:10.1137/10078356X (Anderson).
     """
     grid = checked("fixed_point_invert", grid)
     if num_iters < 1:
         raise ValueError(f"fixed_point_invert: 'num_iters' is {num_iters}, expected at least 1")
+    if not 0 <= memory < num_iters:
+        raise ValueError(f"fixed_point_invert: 'memory' is {memory}, expected from 0 to below num_iters = {num_iters}")
+    if not 1 <= average_last <= num_iters:
+        raise ValueError(f"fixed_point_invert: 'average_last' is {average_last}, expected from 1 to num_iters = {num_iters}")
     checks.require_finite("fixed_point_invert", z_0=z_0)
     level = np.arange(1, climbed("fixed_point_invert", num_levels, grid, lowest=1) + 1)
     dtype, z = z_0.dtype, dtypes.at_least_float32(z_0)
@@ -162,12 +175,34 @@ def fixed_point_invert(
     def body(z_im1: jax.Array, x: Any) -> tuple[jax.Array, jax.Array]:
         t, scale, slope = x
 
-        def iterate(carry: tuple[jax.Array, jax.Array], _: None) -> tuple[tuple[jax.Array, jax.Array], None]:
-            z, _previous = carry
-            return ((z_im1 - slope * evaluate(params, z, t, cond)) / scale, z), None
+        def iterate(carry: Any, k: jax.Array) -> tuple[Any, None]:
+            z, _, history, total = carry
+            image = (z_im1 - slope * evaluate(params, z, t, cond)) / scale
+            new, history = _anderson(z, image, history, k) if memory else (image, history)
+            return (new, z, history, total + jnp.where(k >= num_iters - average_last, new, 0)), None
 
-        (z, previous), _ = jax.lax.scan(iterate, (z_im1, z_im1), length=num_iters)
-        return z, jnp.sqrt(jnp.mean(jnp.square(z - previous)))
+        history = tuple(jnp.zeros((memory + 1, *z_im1.shape), z_im1.dtype) for _ in range(2)) if memory else ()
+        carry = (z_im1, z_im1, history, jnp.zeros_like(z_im1))
+        (z, previous, _, total), _ = jax.lax.scan(iterate, carry, jnp.arange(num_iters))
+        return (z if average_last == 1 else total / average_last), jnp.sqrt(jnp.mean(jnp.square(z - previous)))
 
     z, residual = jax.lax.scan(body, z, _moves(grid, level, level - 1, level, z.dtype))
     return z.astype(dtype), FixedPointInfo(residual=residual)
+
+
+def _anderson(z: jax.Array, image: jax.Array, history: Any, k: jax.Array) -> tuple[jax.Array, Any]:
+    """The next iterate from the last images and their residuals, `history` = (images, residuals), each [m+1 ...], written round robin."""
+    images, residuals = history
+    slot = k % images.shape[0]
+    images, residuals = images.at[slot].set(image), residuals.at[slot].set(image - z)
+    filled = jnp.arange(images.shape[0]) <= k
+    flat = residuals.reshape(images.shape[0], -1)
+    gram = jnp.matmul(flat, flat.T, precision=jax.lax.Precision.HIGHEST)
+    # Weights w = G^-1 1 / (1^T G^-1 1); empty slots are cut off by a unit diagonal and a zero right-hand side. Near convergence the residuals
+    # are parallel to rounding: a ridge at the rounding unit of G keeps the weights bounded, as truncating the least-squares problem would.
+    both = filled[:, None] & filled[None, :]
+    ridge = 10 * jnp.finfo(z.dtype).eps * jnp.trace(gram) + jnp.finfo(z.dtype).tiny
+    system = jnp.where(both, gram, 0) + jnp.diag(jnp.where(filled, ridge, 1))
+    weights = jnp.linalg.solve(system / jnp.max(jnp.abs(system)), filled.astype(z.dtype))
+    weights = weights / jnp.sum(weights)
+    return jnp.tensordot(weights, images, axes=1, precision=jax.lax.Precision.HIGHEST), (images, residuals)

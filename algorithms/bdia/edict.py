@@ -12,7 +12,7 @@ from janax.algorithms.bdia.grid import Grid, checked, climbed, move_coefficients
 from janax.algorithms.bdia.prediction import NoiseFn, evaluator
 from janax.jaxlib_ext import checks, dtypes
 
-__all__ = ["EdictState", "edict_decode", "edict_encode", "edict_log_determinant", "edict_sample"]
+__all__ = ["ORDERS", "EdictState", "edict_decode", "edict_encode", "edict_log_determinant", "edict_sample"]
 
 ORDERS = ("paper", "alternate")
 

@@ -13,7 +13,20 @@ from jax.typing import ArrayLike
 
 from janax.jaxlib_ext import checks
 
-__all__ = ["Grid", "Levels", "edm_grid", "edm_levels", "flow_grid", "flow_levels", "move_coefficients", "sigma_bar", "vp_grid", "vp_levels"]
+__all__ = [
+    "Grid",
+    "Levels",
+    "checked",
+    "climbed",
+    "edm_grid",
+    "edm_levels",
+    "flow_grid",
+    "flow_levels",
+    "move_coefficients",
+    "sigma_bar",
+    "vp_grid",
+    "vp_levels",
+]
 
 Levels = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 """Maps sigma-bar to (alpha, time) between the levels of a grid, for solvers that evaluate the network there. NumPy, float64."""

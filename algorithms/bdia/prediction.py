@@ -14,7 +14,9 @@ __all__ = [
     "KINDS",
     "Guidance",
     "NoiseFn",
+    "Schedule",
     "edm_schedule",
+    "evaluator",
     "flow_schedule",
     "from_noise",
     "guided",
@@ -27,6 +29,7 @@ NoiseFn = Callable[..., jax.Array]
 """noise_fn(params, z, t, cond) -> eps; called without `cond` where the caller gave none. Ready for one example or for a batch: your choice."""
 
 Schedule = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+"""t -> (alpha, sigma), for arrays of times."""
 
 KINDS = ("eps", "x0", "v", "flow")
 

@@ -178,3 +178,50 @@ def fixed_point_invert(eps, z, alpha, sigma, K):
         for _ in range(K):
             z = (below - b * eps(z, i)) / a
     return z
+
+
+def bdia_dpm_solver_2m(eps, z, alpha, sigma, a):
+    """a[i] for level i (index 0 unused): both increments along the line through the last two data predictions; (z_0, z_1)."""
+    with np.errstate(divide="ignore"):
+        lam = np.log(alpha / sigma)
+
+    def along(z, i, j, x0, slope):
+        hh = lam[j] - lam[i]
+        return sigma[j] / sigma[i] * z - alpha[j] * (np.exp(-hh) - 1) * (x0 + (hh / 2 * slope if np.isfinite(hh) else 0))
+
+    N = len(alpha) - 1
+    x0_above = (z - sigma[N] * eps(z, N)) / alpha[N]
+    above, here = z, along(z, N, N - 1, x0_above, 0)
+    for i in range(N - 1, 0, -1):
+        x0 = (here - sigma[i] * eps(here, i)) / alpha[i]
+        slope = (x0 - x0_above) / (lam[i] - lam[i + 1])
+        below = a[i] * (above - along(here, i, i + 1, x0, slope)) + along(here, i, i - 1, x0, slope)
+        above, here, x0_above = here, below, x0
+    return here, above
+
+
+def anderson_invert(eps, z, alpha, sigma, K, memory):
+    """Fixed-point inversion whose next iterate mixes the last memory + 1 images so that the mixed residual is smallest (least squares)."""
+    for i in range(1, len(alpha)):
+        a = alpha[i - 1] / alpha[i]
+        b = sigma[i - 1] - a * sigma[i]
+        below, images, residuals = z, [], []
+        for _ in range(K):
+            image = (below - b * eps(z, i)) / a
+            images, residuals = [*images, image][-memory - 1 :], [*residuals, image - z][-memory - 1 :]
+            differences = [(r - residuals[-1]).ravel() for r in residuals[:-1]]
+            mix = np.linalg.lstsq(np.stack(differences, 1), -residuals[-1].ravel(), rcond=None)[0] if differences else []
+            z = images[-1] + sum(w * (image - images[-1]) for w, image in zip(mix, images[:-1]))
+    return z
+
+
+def coupled_diffusion_euler(eps, z, alpha, sigma, zeta, churn, noise):
+    """McCallum-Foster on Euler steps of d zb = (1 + churn^2) eps d sb + dM; noise[i] is M's increment on the way down from level i."""
+    sb = sigma / alpha
+    N = len(sb) - 1
+    x = xh = z / alpha[N]
+    for i in range(N, 0, -1):
+        h = sb[i - 1] - sb[i]
+        x = zeta * x + (1 - zeta) * xh + h * (1 + churn**2) * eps(alpha[i] * xh, i) + noise[i]
+        xh = xh + h * (1 + churn**2) * eps(alpha[i - 1] * x, i - 1) + noise[i]
+    return alpha[0] * x
