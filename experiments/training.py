@@ -19,6 +19,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
+from janax.experiments import processes
 from janax.experiments.checkpoints import Checkpoints
 from janax.experiments.config import MeshConfig, OptimizerConfig, TrainConfig
 from janax.experiments.errors import NonFiniteError, StoppedError, UserError
@@ -380,10 +381,27 @@ def _batch_shardings(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: NamedSharding(mesh, spec if np.ndim(x) else jax.P()), batch)
 
 
-def _place_batch(batch: Any, where: Any, mesh: Mesh) -> Any:
-    if jax.process_count() > 1:
-        return jax.tree.map(lambda x, s: jax.make_array_from_process_local_data(s, np.asarray(x)), batch, where)
-    return batch if mesh.size == 1 else jax.device_put(batch, where)
+def _place_batch(batch: Any, where: Any, mesh: Mesh, num_rows: int) -> Any:
+    if not mesh.is_multi_process:
+        return batch if mesh.size == 1 else jax.device_put(batch, where)
+
+    def put(x: Any, where: NamedSharding) -> jax.Array:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return x
+        x = np.asarray(x)
+        # Of the whole batch JAX takes the rows of this process's devices; rows that are theirs alone it takes as they are.
+        return jax.make_array_from_process_local_data(where, x, (num_rows, *x.shape[1:]) if x.ndim else ())
+
+    return jax.tree.map(put, batch, where)
+
+
+def _check_rows(batch: Any, mesh: Mesh, num_rows: int) -> None:
+    if not mesh.is_multi_process:
+        return
+    rows = _batch_size(batch)
+    share = len(sharding.local_rows(mesh, num_rows))
+    if rows not in (num_rows, share):
+        raise ValueError(f"fit: the batch of 'batch_fn' has {rows} rows, expected {num_rows} or the {share} of this process's devices")
 
 
 def checkpoint_dir(session: Session, name: str) -> Any:
@@ -413,7 +431,8 @@ def fit(
       loss_fn: (params, batch, key) -> (loss [], info of scalars); see `make_train_step`, also for masked losses.
       init_fn: key -> params.
       batch_fn: position -> batch, a tree of host or device arrays with `config.batch_size` rows; a pure function of the position, which
-        counts batches from zero. With several processes it returns this process's rows, batch_size / process_count of them.
+        counts batches from zero. Of several processes each may return the whole batch, the same in all, or only the rows of its own
+        devices, `sharding.local_rows(mesh, config.batch_size)`.
       optimizer: See `make_optimizer`.
       config: Lengths, intervals, seed.
       mesh: All devices along `data` by default.
@@ -446,7 +465,8 @@ def fit(
             checkpoints = stack.enter_context(Checkpoints(directory, **keep))
             if checkpoints.latest() is not None:
                 state = checkpoints.restore(None, like=state)
-        loop = _Loop(config, session, name, checkpoints, evaluate, best_metric, start=int(state.step))
+        vote = processes.Vote(mesh) if mesh.is_multi_process else None
+        loop = _Loop(config, session, name, checkpoints, evaluate, best_metric, vote, start=int(state.step))
         stack.callback(loop.close)
         if loop.start >= config.num_steps:
             return state
@@ -454,12 +474,13 @@ def fit(
             session.say(f"{name}: resuming at step {loop.start} of {config.num_steps}" if loop.start else f"{name}: starting")
         offset = int(state.position) - loop.start
         batch = batch_fn(offset + loop.start)
+        _check_rows(batch, mesh, config.batch_size)
         batch_where = _batch_shardings(batch, mesh)
         train = jit_train_step(step_fn, where, batch_where, mesh)
         stack.enter_context(jax.set_mesh(mesh))
         line = stack.enter_context(_progress(session, name, config.num_steps, loop.start))
         for done in range(loop.start + 1, config.num_steps + 1):
-            state, metrics = train(state, _place_batch(batch, batch_where, mesh))
+            state, metrics = train(state, _place_batch(batch, batch_where, mesh, config.batch_size))
             if done < config.num_steps:
                 batch = batch_fn(offset + done)  # while the device is busy
             loop.after_step(done, state, metrics)
@@ -487,12 +508,13 @@ class _Loop:
         checkpoints: Checkpoints | None,
         evaluate: Callable[[TrainState], Mapping[str, float]] | None,
         best_metric: str,
+        vote: processes.Vote | None,
         *,
         start: int,
     ):
         self.start = start
         self._config, self._session, self._name = config, session, name
-        self._checkpoints, self._evaluate, self._best_metric = checkpoints, evaluate, best_metric
+        self._checkpoints, self._evaluate, self._best_metric, self._vote = checkpoints, evaluate, best_metric, vote
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._latest: dict[str, float] = {}
         self._writer = MetricsWriter(session.workdir, name, start=start) if session is not None and session.is_main else None
@@ -505,7 +527,7 @@ class _Loop:
         last = done == config.num_steps
         logs = last or done % config.log_every == 0
         saves = last or done % config.checkpoint_every == 0
-        stops = self._stop_requested(logs or saves)
+        stops = self._stop_requested(done)
         if not (logs or saves or stops):
             return
         if not (saves or stops):
@@ -529,16 +551,11 @@ class _Loop:
             if stops and not last:
                 raise StoppedError(f"{self._name} stopped at step {done} of {config.num_steps}; the state is saved")
 
-    def _stop_requested(self, reads: bool) -> bool:
+    def _stop_requested(self, done: int) -> bool:
         if self._session is None:
             return False
-        if jax.process_count() == 1:
-            return self._session.stop_requested
-        if not reads:
-            return False  # several hosts agree only where they wait for the device anyway
-        from jax.experimental import multihost_utils
-
-        return bool(np.any(multihost_utils.process_allgather(np.asarray(self._session.stop_requested))))
+        asked = self._session.stop_requested
+        return asked if self._vote is None else self._vote(done, asked)
 
     def _score(self, values: Mapping[str, float], done: int) -> float | None:
         if not self._config.keep_best:

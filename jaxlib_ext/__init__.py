@@ -2,6 +2,6 @@
 
 from janax import _lazy_modules
 
-__all__ = ["aot", "checks", "dtypes", "masking", "reversible", "sharding"]
+__all__ = ["aot", "checks", "dtypes", "fused", "logprobs", "masking", "reversible", "sampling", "scoring", "sharding"]
 
 __getattr__, __dir__ = _lazy_modules(__name__, __all__)

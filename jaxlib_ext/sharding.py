@@ -13,10 +13,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.experimental import mesh_utils
+import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-__all__ = ["Rules", "batch_spec", "constrain_batch", "make_mesh", "path_string", "place", "shardings", "spec_of", "specs"]
+__all__ = [
+    "Rules",
+    "batch_spec",
+    "constrain_batch",
+    "fetch",
+    "local_rows",
+    "make_mesh",
+    "path_string",
+    "place",
+    "shardings",
+    "spec_of",
+    "specs",
+]
 
 Rules = Sequence[tuple[str, jax.P]]
 
@@ -103,14 +116,40 @@ def shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
 
 
 def place(tree: Any, target: Any) -> Any:
-    """Puts a tree of host or device arrays where the tree of shardings says; several hosts may each hold the whole value."""
+    """Puts a tree of host or device arrays where the tree of shardings says; of several processes each holds the whole value."""
 
     def put(x: Any, where: NamedSharding) -> jax.Array:
-        if where.is_fully_addressable:
+        if where.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
             return jax.device_put(x, where)
-        return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+        whole = x if isinstance(x, jax.Array) else np.asarray(x)
+        return jax.make_array_from_callback(whole.shape, where, lambda index: whole[index])
 
     return jax.tree.map(put, tree, target)
+
+
+def fetch(tree: Any) -> Any:
+    """The whole arrays of a tree as NumPy on the host; of several processes in each, and all of them call it."""
+
+    def get(x: Any) -> np.ndarray:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
+            return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+        return np.asarray(x)
+
+    return jax.tree.map(get, tree)
+
+
+def local_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
+    """Which rows of a batch the devices of this process hold, ascending; with one process, all.
+
+    Args:
+      mesh: The mesh that the batch is placed on, by `batch_spec`.
+      num_rows: Rows of the whole batch; the mesh axis `data` divides it.
+
+    Returns:
+      [r] row numbers. On a torus they need not be neighbours, and where other axes span processes, several of them hold the same rows.
+    """
+    indices = NamedSharding(mesh, batch_spec(mesh)).addressable_devices_indices_map((num_rows,))
+    return np.unique(np.concatenate([np.arange(num_rows)[index] for index in indices.values()]))
 
 
 def batch_spec(mesh: Mesh) -> jax.P:

@@ -1,7 +1,7 @@
 """What the networks share: linear layers, attention, time frequencies, and running a module on a plain parameter tree."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,7 +11,14 @@ from flax import nnx
 from jax.sharding import AxisType
 from jax.typing import ArrayLike
 
-from janax.jaxlib_ext import checks, sharding
+from janax.jaxlib_ext import checks, dtypes, sharding
+
+
+REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
 class Linear(nnx.Module):
@@ -30,6 +37,22 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return project(x, self.kernel[...], self.bias[...])
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm over the last axis, with scale and bias, in float32."""
+
+    def __init__(self, width: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(width, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(width, jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = dtypes.at_least_float32(x)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        scale, bias = (jnp.expand_dims(p[...].astype(wide.dtype), tuple(range(x.ndim - 1))) for p in (self.scale, self.bias))
+        return (wide * scale + bias).astype(x.dtype)
 
 
 def glorot_uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int, fan_out: int) -> jax.Array:
@@ -60,11 +83,35 @@ def frequencies(t: jax.Array, size: int, *, shift: int) -> jax.Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
+def rotate(x: jax.Array, rope: jax.Array) -> jax.Array:
+    """Turns the pairs (i, i + h/2) of x [b t ... h] by the angles whose cosines and sines are rope [2, b or 1, t, h/2], in float32."""
+    cos, sin = jnp.expand_dims(rope, tuple(range(3, x.ndim)))
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def segment_positions(segment_ids: jax.Array) -> jax.Array:
+    """[b t] index of every token within its run of equal ids."""
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
+    starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def check_tokens(function: str, tokens: ArrayLike, **others: ArrayLike | None) -> tuple[Any, ...]:
+    """As arrays, once they are known to be [b t] integers; None stays None."""
+    arrays = {name: None if x is None else jnp.asarray(x) for name, x in {"tokens": tokens, **others}.items()}
+    checks.check_shapes(function, **{name: (x, "b t") for name, x in arrays.items()})
+    for name, x in arrays.items():
+        if x is not None and not jnp.issubdtype(x.dtype, jnp.integer):
+            raise ValueError(f"{function}: {name!r} has dtype {x.dtype}, expected integers")
+    return tuple(arrays.values())
+
+
 def check_params(function: str, state: Any, params: Mapping[str, Any]) -> None:
-    """Raises ValueError, naming `function` and the parameter, unless `params` has the structure and shapes of an nnx state."""
+    """Raises ValueError, naming `function` and the parameter, unless `params` has the structure and shapes of an nnx state or tree."""
     shapes, wanted = (
         {sharding.path_string(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (params, nnx.to_pure_dict(state))
+        for tree in (params, nnx.to_pure_dict(state) if isinstance(state, nnx.State) else state)
     )
     for path in sorted(wanted.keys() | shapes.keys()):
         if path not in shapes:
@@ -97,3 +144,11 @@ def run(graph: Any, params: Mapping[str, Any], z: jax.Array, t: jax.Array, cond:
         placed: Any = jax.sharding.auto_axes(call, out_sharding=jax.typeof(z).sharding.spec)
         return placed(dict(params), z, jnp.atleast_1d(t), jnp.atleast_1d(cond))
     return call(dict(params), z, jnp.atleast_1d(t), jnp.atleast_1d(cond))
+
+
+def placed(call: Callable[..., Any], like: Callable[[Callable[[Any], jax.P]], Any], *args: Any) -> Any:
+    """call(*args); on a mesh with explicit axes, the compiler places what is inside, and the result as `like` makes it of arrays' specs."""
+    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+        return call(*args)
+    auto: Any = jax.sharding.auto_axes(call, out_sharding=like(lambda x: jax.typeof(x).sharding.spec))
+    return auto(*args)

@@ -49,12 +49,6 @@ SHARDING_RULES: sharding.Rules = (
     (r"bias$", jax.P()),
 )
 
-_REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiTConfig:
@@ -107,7 +101,7 @@ class DiTConfig:
         if self.hidden < 1:
             raise ValueError(f"DiTConfig: 'mlp_ratio' {self.mlp_ratio} leaves no hidden units")
         checks.one_of("DiTConfig", "dtype", self.dtype, ("float32", "bfloat16"))
-        checks.one_of("DiTConfig", "remat", self.remat, tuple(_REMAT_POLICIES))
+        checks.one_of("DiTConfig", "remat", self.remat, tuple(_layers.REMAT_POLICIES))
         checks.one_of("DiTConfig", "frequency_shift", self.frequency_shift, (0, 1))
 
     @property
@@ -202,7 +196,7 @@ class DiT(nnx.Module):
             return nnx.merge(block, params)(x, conditions[0] if condition is None else condition), None
 
         if config.remat != "none":
-            layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
+            layer = jax.checkpoint(layer, policy=_layers.REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
         xs = (block_params, conditions if config.block_embedders else None)
         if config.scan_layers:
             x, _ = jax.lax.scan(layer, x, xs)

@@ -1,9 +1,27 @@
 """Published architectures and small ones that train on a laptop; change a field with `dataclasses.replace`."""
 
+import dataclasses
+
 from janax.models.dit import DiTConfig
+from janax.models.encoder import EncoderConfig
+from janax.models.transformer import RopeScaling, TransformerConfig
 from janax.models.unet import UNetConfig
 
-__all__ = ["DIT_DIGITS", "DIT_S_2", "DIT_XL_2", "UNET_CIFAR10", "UNET_DIGITS"]
+__all__ = [
+    "BERT_BASE",
+    "DIT_DIGITS",
+    "DIT_S_2",
+    "DIT_XL_2",
+    "ESM2_8M",
+    "ESM2_650M",
+    "LLAMA_3_1_8B",
+    "LM_SMALL",
+    "QWEN2_5_7B",
+    "ROBERTA_BASE",
+    "SMOLLM2_135M",
+    "UNET_CIFAR10",
+    "UNET_DIGITS",
+]
 
 DIT_XL_2 = DiTConfig(image_size=32, channels=4, patch_size=2, width=1152, depth=28, heads=16, num_classes=1000, learn_sigma=True)
 """DiT-XL/2 on the 32x32x4 latents of 256x256 images, 675 million parameters (arXiv:2212.09748, table 1)."""
@@ -23,3 +41,86 @@ UNET_DIGITS = UNetConfig(
     image_size=8, channels=1, width=32, multipliers=(1, 2), blocks=1, attention_resolutions=(4,), num_classes=10, groups=8
 )
 """A U-Net for 8x8 digits, 0.75 million parameters."""
+
+SMOLLM2_135M = TransformerConfig(
+    vocab_size=49152,
+    max_length=8192,
+    width=576,
+    depth=30,
+    heads=9,
+    kv_heads=3,
+    head_width=64,
+    hidden=1536,
+    tied=True,
+    rope_theta=100_000.0,
+)
+"""SmolLM2-135M (arXiv:2502.02737), 135 million parameters."""
+
+QWEN2_5_7B = TransformerConfig(
+    vocab_size=152_064,
+    max_length=32_768,
+    width=3584,
+    depth=28,
+    heads=28,
+    kv_heads=4,
+    head_width=128,
+    hidden=18_944,
+    norm_eps=1e-6,
+    qkv_bias=True,
+    rope_theta=1_000_000.0,
+)
+"""Qwen2.5-7B-Instruct (arXiv:2412.15115), 7.6 billion parameters."""
+
+LLAMA_3_1_8B = TransformerConfig(
+    vocab_size=128_256,
+    max_length=131_072,
+    width=4096,
+    depth=32,
+    heads=32,
+    kv_heads=8,
+    head_width=128,
+    hidden=14_336,
+    rope_theta=500_000.0,
+    rope_scaling=RopeScaling(kind="llama3", factor=8.0),
+)
+"""Llama-3.1-8B (arXiv:2407.21783), 8 billion parameters."""
+
+LM_SMALL = TransformerConfig(
+    vocab_size=4096, max_length=512, width=192, depth=4, heads=6, kv_heads=2, head_width=32, hidden=512, tied=True
+)
+"""A decoder for a vocabulary of 4096, 2.4 million parameters: it learns from a few megabytes of text on a laptop."""
+
+BERT_BASE = EncoderConfig(vocab_size=30_522, max_length=512, width=768, depth=12, heads=12, hidden=3072, token_types=2, pooler=True)
+"""BERT base, uncased (arXiv:1810.04805), 110 million parameters."""
+
+ROBERTA_BASE = EncoderConfig(
+    vocab_size=50_265,
+    max_length=512,
+    width=768,
+    depth=12,
+    heads=12,
+    hidden=3072,
+    norm_eps=1e-5,
+    position_offset=2,
+    token_types=1,
+)
+"""RoBERTa base (arXiv:1907.11692), 125 million parameters."""
+
+ESM2_8M = EncoderConfig(
+    vocab_size=33,
+    max_length=1026,
+    width=320,
+    depth=6,
+    heads=20,
+    hidden=1280,
+    norm="pre",
+    norm_eps=1e-5,
+    embedding_norm=False,
+    final_norm=True,
+    positions="rope",
+    mask_token=32,
+)
+"""ESM-2 for proteins (doi:10.1126/science.ade2574), 8 million parameters."""
+
+ESM2_650M = dataclasses.replace(ESM2_8M, width=1280, depth=33, hidden=5120)
+"""The same with 650 million parameters."""

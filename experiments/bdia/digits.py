@@ -20,10 +20,10 @@ from janax.experiments import plots, training
 from janax.experiments.bdia.config import Config, DigitsConfig
 from janax.experiments.bdia.mixture import sd_alphas_cumprod
 from janax.experiments.session import Session
-from janax.jaxlib_ext import aot
+from janax.jaxlib_ext import aot, sharding
 from janax.models import dit, mlp, presets
 
-__all__ = ["Digits", "Network", "load", "loss_fn", "make_network", "study"]
+__all__ = ["Digits", "Network", "batch_fn", "frechet", "load", "loss_fn", "make_network", "study"]
 
 EDIT_STEPS = 50
 
@@ -127,7 +127,7 @@ def train(config: Config, session: Session, network: Network, seed: int) -> Any:
         name=f"digits-seed{seed}",
         example_keys=True,
     )
-    return jax.device_get(training.ema_or_params(state))
+    return sharding.fetch(training.ema_or_params(state))
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
@@ -155,13 +155,13 @@ def study(config: Config, session: Session) -> dict[str, Any]:
             }
             done = {}
             for name in session.track([name for name in parts if name in config.digits.parts], f"digits, seed {seed}"):
-                done[name] = session.memo(f"digits-{name}-{seed}", parts[name])
+                done[name] = session.memo(f"digits-{name}-{seed}", parts[name], alone=True)
             found["seeds"].append(done)
             if seed == 0:
                 once = {"gradient": functools.partial(_gradient, network, params), "cost": _cost}
                 for name in session.track([name for name in once if name in config.digits.parts], "digits, gradient and cost"):
-                    found[name] = session.memo(f"digits-{name}", once[name])
-                session.memo("digits-pictures", lambda params=params: _pictures(config.digits, network, params, session))
+                    found[name] = session.memo(f"digits-{name}", once[name], alone=True)
+                session.memo("digits-pictures", lambda params=params: _pictures(config.digits, network, params, session), alone=True)
     found["floor"] = _floor()
     return found
 

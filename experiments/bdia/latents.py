@@ -135,7 +135,7 @@ def study(config: Config, session: Session) -> dict[str, Any]:
     rows = jax.sharding.NamedSharding(mesh, sharding.batch_spec(mesh))
     size = (batch, shape.image_size, shape.image_size, shape.channels)
     z = jax.jit(lambda key: jax.random.normal(key, size), out_shardings=rows)(jax.random.key(config.train.seed))
-    labels = jax.device_put(np.arange(batch, dtype=np.int32) % shape.num_classes, rows)
+    labels = sharding.place(np.arange(batch, dtype=np.int32) % shape.num_classes, rows)
     found: dict[str, Any] = {}
     methods = _Runs(config.latents, shape).methods
     for name in session.track(list(methods), "latents"):
@@ -150,8 +150,8 @@ def study(config: Config, session: Session) -> dict[str, Any]:
                 encoded = run["encode"](params, images, labels)
                 again = _outer(run["decode"](params, encoded, labels))
             latent = encoded.z_ip1 if isinstance(encoded, bdia.BdiaState) else jax.tree.leaves(encoded)[0]
-            if session.is_main and name == "BDIA":
-                shown = np.asarray(images[:16, ..., :3], np.float32)
+            if name == "BDIA":
+                shown = np.asarray(sharding.fetch(images[:16, ..., :3]), np.float32)
                 plots.image_grid(session.figure_path("latents.png"), shown, limits=(-2.5, 2.5))
             return {
                 "seconds": seconds,

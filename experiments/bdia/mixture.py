@@ -18,7 +18,18 @@ from janax.algorithms import bdia
 from janax.experiments.bdia.config import MixtureConfig
 from janax.experiments.session import Session
 
-__all__ = ["Mixture", "sd_alphas_cumprod", "study"]
+__all__ = [
+    "AMPLIFIED",
+    "GAMMAS",
+    "STIFF",
+    "VE_NOISE",
+    "VP_NOISE",
+    "Mixture",
+    "exact_vp",
+    "problems",
+    "sd_alphas_cumprod",
+    "study",
+]
 
 DIM = 8
 STDS = (0.3, 0.5)
@@ -115,7 +126,7 @@ def study(config: MixtureConfig, session: Session) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # gammas that are too small are the subject here
         for name in session.track([name for name in parts if name in config.parts], "mixture"):
-            found[name] = session.memo(f"mixture-{name}", functools.partial(parts[name], config))
+            found[name] = session.memo(f"mixture-{name}", functools.partial(parts[name], config), alone=True)
     return found
 
 

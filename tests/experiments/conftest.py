@@ -1,7 +1,8 @@
-"""The toy experiment as a module, and as a command in a process of its own."""
+"""The toy experiment as a module, and as a command in processes of its own."""
 
 import importlib.util
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,13 +22,40 @@ def toy():
     return module
 
 
+def _popen(command, cwd, environment):
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "JAX_", "JANAX_"))}
+    command = [sys.executable, *map(str, command)]
+    environment = inherited | {"JAX_PLATFORMS": "cpu"} | environment
+    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
 @pytest.fixture(scope="session")
 def start():
-    """Starts `janax ARGUMENTS` for the toy experiment, on one CPU device."""
+    """Starts `janax ARGUMENTS` for the toy experiment, on one CPU device or more."""
 
-    def start(*arguments, cwd):
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")} | {"JAX_PLATFORMS": "cpu"}
-        command = [sys.executable, str(_TOY), *map(str, arguments)]
-        return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def start(*arguments, cwd, devices=1, **environment):
+        return _popen([_TOY, *arguments], cwd, environment | {"JAX_NUM_CPU_DEVICES": str(devices)})
 
     return start
+
+
+@pytest.fixture
+def pair():
+    """Starts a command, by default `janax` for the toy experiment, in two processes of four CPU devices that meet on loopback."""
+    running = []
+
+    def pair(*arguments, cwd, script=(_TOY,), more=()):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{probe.getsockname()[1]}"
+        shared = {"JAX_NUM_CPU_DEVICES": "4", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo", "JAX_COORDINATOR_ADDRESS": address}
+        for i in range(2):
+            own = {"JANAX_NUM_PROCESSES": "2", "JANAX_PROCESS_ID": str(i)}
+            running.append(_popen([*script, *arguments, *(more if i == 1 else ())], cwd, shared | own))
+        return running[-2:]
+
+    yield pair
+    for process in running:
+        if process.poll() is None:
+            process.kill()
+            process.wait()

@@ -60,6 +60,24 @@ def test_a_mistake_is_one_sentence(janax, arguments, message):
     assert err.count("\n") == 1 and not any(sign in err for sign in ("Traceback", "╭", "│"))
 
 
+@pytest.mark.parametrize(
+    ("address", "count", "index", "message"),
+    [
+        ("", "2", "0", "JANAX_NUM_PROCESSES is set and JAX_COORDINATOR_ADDRESS is not; give every process"),
+        ("host:1234", "", "0", "JANAX_PROCESS_ID is set and JANAX_NUM_PROCESSES is not"),
+        ("host:1234", "2", "", "JANAX_NUM_PROCESSES is set and JANAX_PROCESS_ID is not"),
+        ("host:1234", "two", "0", "JANAX_NUM_PROCESSES must be a number, got 'two'"),
+        ("host:1234", "2", "2", "JANAX_PROCESS_ID must be between 0 and 1, as JANAX_NUM_PROCESSES is 2; got 2"),
+        ("host", "2", "0", "JAX_COORDINATOR_ADDRESS must be HOST:PORT, got 'host'"),
+    ],
+)
+def test_places_given_by_hand_are_checked(janax, monkeypatch, address, count, index, message):
+    for name, value in (("JAX_COORDINATOR_ADDRESS", address), ("JANAX_NUM_PROCESSES", count), ("JANAX_PROCESS_ID", index)):
+        monkeypatch.setenv(name, value)
+    code, out, err = janax("run", "toy", "--distributed")
+    assert (code, out) == (2, "") and err.startswith(f"janax: {message}") and err.count("\n") == 1
+
+
 def test_list_names_presets_and_purpose(janax, toy):
     code, out, _ = janax("list")
     assert code == 0 and out == f"  toy  smoke, default, paper  {toy.SUMMARY}\n"
@@ -158,7 +176,7 @@ def test_compile_names_an_unknown_topology(janax, toy, monkeypatch):
     assert code == 2 and "unknown topology 'v5e-256'" in err and "v5e:16x16" in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["run", "--help"], ["list"], ["run", "toy", "--help"]])
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["run", "--help"], ["list"], ["run", "toy", "--help"], ["fetch", "--help"]])
 def test_help_is_fast_and_loads_nothing_heavy(toy, arguments):
     script = f"""
 import sys

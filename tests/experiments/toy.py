@@ -88,7 +88,8 @@ def run(config, session):
         example_keys=True,
     )
     arrays = {"w": state.params["w"], "b": state.params["b"], "ema": state.ema["w"]}
-    np.savez(session.workdir / "final.npz", **{name: np.asarray(x) for name, x in arrays.items()})
+    if session.is_main:
+        np.savez(session.workdir / "final.npz", **{name: np.asarray(x) for name, x in arrays.items()})
     truth = np.arange(1.0, config.num_features + 1.0)
     error = float(np.max(np.abs(np.asarray(state.params["w"]) - truth)))
     path = session.figure_path("weights.png")

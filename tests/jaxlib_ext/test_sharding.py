@@ -107,6 +107,21 @@ def test_place_puts_values_where_they_belong(explicit):
     assert placed["attention"]["kernel"].addressable_shards[0].data.shape == (4, 4)
 
 
+@pytest.mark.parametrize("explicit", [False, True])
+def test_fetch_brings_back_what_place_took(explicit):
+    mesh = sharding.make_mesh({"data": 4, "model": 2}, explicit=explicit)
+    tree = {"w": np.arange(32.0, dtype=np.float32).reshape(8, 4), "b": np.float32(2.0)}
+    split = {"w": jax.NamedSharding(mesh, jax.P("data", "model")), "b": jax.NamedSharding(mesh, jax.P())}
+    fetched = sharding.fetch(sharding.place(tree, split))
+    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(fetched))
+    jax.tree.map(np.testing.assert_array_equal, fetched, tree)
+
+
+def test_one_process_holds_all_rows():
+    for axes in ({"data": 4, "model": 2}, {"model": 8}):
+        np.testing.assert_array_equal(sharding.local_rows(sharding.make_mesh(axes), 16), np.arange(16))
+
+
 def test_place_takes_numbers_and_python_scalars():
     mesh = sharding.make_mesh({"data": 8})
     placed = sharding.place({"step": 3, "rate": 0.5}, {"step": jax.NamedSharding(mesh, jax.P()), "rate": jax.NamedSharding(mesh, jax.P())})

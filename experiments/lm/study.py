@@ -1,0 +1,469 @@
+"""Training a decoder on packed text, and what it has learnt: held-out loss beside simple models, samples, tokens per second."""
+
+import dataclasses
+import functools
+import lzma
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from janax.experiments import plots, report, training
+from janax.experiments.errors import UserError
+from janax.experiments.lm import text
+from janax.experiments.lm.config import Config
+from janax.experiments.metrics import read_rows
+from janax.experiments.session import Session
+from janax.experiments.statistics import mean_interval
+from janax.jaxlib_ext import aot, fused, sampling, sharding
+from janax.models import loading, lora, presets, transformer
+
+__all__ = ["Corpus", "Network", "loss_fn", "network", "prepare", "programs", "run"]
+
+_SHAPES = {
+    "small": presets.LM_SMALL,
+    "smollm2-135m": presets.SMOLLM2_135M,
+    "qwen2.5-7b": presets.QWEN2_5_7B,
+    "llama-3.1-8b": presets.LLAMA_3_1_8B,
+}
+_EVAL_ROWS = 128
+
+
+class Network(NamedTuple):
+    """What trains: the trained tree (all parameters, or adapters) and how to make the decoder's parameters of it.
+
+    Attributes:
+      config: The decoder.
+      init: key -> trained tree.
+      params_of: Trained tree -> parameters of the decoder.
+      rules: Placement of the trained tree.
+    """
+
+    config: transformer.TransformerConfig
+    init: Callable[[jax.Array], Any]
+    params_of: Callable[[Any], Any]
+    rules: sharding.Rules
+
+
+class Corpus(NamedTuple):
+    """Tokens, and the way back to text.
+
+    Attributes:
+      train: Rows to train on.
+      held_out: Rows to evaluate on.
+      held_out_bytes: UTF-8 bytes of the text behind the counted tokens of `held_out`.
+      compressed_bytes: What xz makes of that text; 0 where it was not asked.
+      decode: Token ids -> text.
+      end: The token between documents.
+      vocab_size: Number of tokens.
+      fingerprint: Of the text.
+    """
+
+    train: text.Rows
+    held_out: text.Rows
+    held_out_bytes: int
+    compressed_bytes: int
+    decode: Callable[[Sequence[int]], str]
+    end: int
+    vocab_size: int
+    fingerprint: str
+
+
+def network(config: Config, vocab_size: int | None = None, base: tuple[transformer.TransformerConfig, Any] | None = None) -> Network:
+    """The decoder of a configuration: loaded (`base`) or fresh, trained whole or through adapters."""
+    shape, weights = base if base is not None else (_SHAPES[config.model.shape], None)
+    shape = dataclasses.replace(shape, dtype=config.model.dtype, remat=config.model.remat)
+    if vocab_size is not None and base is None:
+        shape = dataclasses.replace(shape, vocab_size=vocab_size)
+    if config.text.sequence_length > shape.max_length:
+        raise UserError(
+            f"text.sequence_length must be at most {shape.max_length}, the longest text of this model, got {config.text.sequence_length}"
+        )
+    if not config.lora.rank:
+        return Network(shape, functools.partial(_start, shape, weights), lambda params: params, transformer.SHARDING_RULES)
+    if weights is None:
+        raise UserError("lora.rank needs model.weights: adapters change a trained model; set model.weights, or lora.rank 0")
+    try:
+        init = functools.partial(lora.init, shape, rank=config.lora.rank, targets=config.lora.targets)
+        jax.eval_shape(init, jax.random.key(0))
+    except ValueError as error:
+        raise UserError(f"lora: {error}") from error
+    merge = functools.partial(lora.merge, shape, weights, scale=config.lora.alpha / config.lora.rank)
+    return Network(shape, init, merge, lora.SHARDING_RULES)
+
+
+def _start(shape: transformer.TransformerConfig, weights: Any, key: jax.Array) -> Any:
+    return transformer.init(shape, key) if weights is None else jax.tree.map(jnp.asarray, weights)
+
+
+def loss_fn(net: Network) -> training.LossFn:
+    """Mean negative log-likelihood per counted token, in nats; no [tokens, vocabulary] array is made."""
+
+    def loss(trained: Any, batch: Mapping[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        del key
+        params = net.params_of(trained)
+        h = transformer.hidden(net.config, params, batch["tokens"], batch["segment_ids"])[:, :-1]
+        targets, weights = batch["tokens"][:, 1:], batch["mask"][:, 1:].astype(jnp.float32)
+        total = fused.weighted_nll(h, transformer.unembed(net.config, params), targets, weights, softcap=net.config.final_softcap)
+        count = jnp.sum(weights)
+        return total / jnp.maximum(count, 1.0), {"weight": count}
+
+    return loss
+
+
+def prepare(config: Config, session: Session, tokenizer: Any = None) -> Corpus:
+    """Reads, tokenises and packs the text once per run directory; a resumed run finds rows and tokenizer where the first left them.
+
+    Args:
+      config: See `TextConfig`.
+      session: Whose run directory keeps the result.
+      tokenizer: The loaded model's tokenizer (transformers); None trains one.
+    """
+    path, vocabulary = session.workdir / "text" / "rows.npz", session.workdir / "text" / "tokenizer.json"
+    if not path.exists():
+        arrays, own = _read(config, session, tokenizer)
+        if session.is_main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if own is not None:
+                own.save(str(vocabulary))
+            partial = path.with_name("partial.npz")
+            np.savez_compressed(partial, **arrays)
+            partial.replace(path)
+    else:
+        with np.load(path) as stored:
+            arrays = dict(stored)
+        own = None
+        if tokenizer is None:
+            import tokenizers
+
+            own = tokenizers.Tokenizer.from_file(str(vocabulary))
+    parts = {part: text.Rows(*(arrays[f"{part}_{field}"] for field in text.Rows._fields)) for part in ("train", "held_out")}
+    size, squeezed, end = (int(x) for x in arrays["numbers"])
+    decode, vocab_size = (tokenizer.decode, len(tokenizer)) if own is None else (own.decode, own.get_vocab_size())
+    return Corpus(parts["train"], parts["held_out"], size, squeezed, decode, end, vocab_size, str(arrays["fingerprint"]))
+
+
+def _read(config: Config, session: Session, tokenizer: Any) -> tuple[dict[str, Any], Any]:
+    """The arrays that a run directory keeps, and the tokenizer if one was trained."""
+    session.say("lm: reading text")
+    train, held_out = _documents(config, tokenizer)
+    if tokenizer is None:
+        own = text.train_tokenizer([piece for document in train for piece in document.pieces], config.text.vocab_size)
+        encode, end = (lambda piece: own.encode(piece).ids), 0
+    else:
+        own = None
+        encode, end = functools.partial(tokenizer.encode, add_special_tokens=False), tokenizer.eos_token_id
+    session.say(f"lm: tokenising {len(train)} documents, {len(held_out)} held out")
+    length = config.text.sequence_length
+    rows = {"train": text.pack(train, encode, end, length), "held_out": text.pack(held_out, encode, end, length)}
+    pieces = [piece for document in held_out for piece, trained in zip(document.pieces, document.trained) if trained]
+    size = sum(len(piece.encode("utf-8", "surrogatepass")) for piece in pieces)
+    squeezed = len(lzma.compress("\0".join(pieces).encode("utf-8", "surrogatepass"), preset=9))
+    arrays: dict[str, Any] = {f"{part}_{field}": getattr(rows[part], field) for part in rows for field in text.Rows._fields}
+    arrays["numbers"] = np.asarray([size, squeezed, end])
+    arrays["fingerprint"] = np.asarray(text.fingerprint([piece for document in (*train, *held_out) for piece in document.pieces]))
+    return arrays, own
+
+
+def _documents(config: Config, tokenizer: Any) -> tuple[list[text.Document], list[text.Document]]:
+    limit = config.text.max_documents or None
+    if not config.text.path:
+        train = [text.Document((t,), (True,)) for package in config.text.packages for t in text.docstrings(package)[:limit]]
+        return train, [text.Document((t,), (True,)) for t in text.docstrings(config.text.held_out)[:limit]]
+    render = None if tokenizer is None or not tokenizer.chat_template else functools.partial(_render, tokenizer)
+    documents = text.read_documents(Path(config.text.path), render)[:limit]
+    order = np.random.default_rng(0).permutation(len(documents))
+    held_out = max(1, round(config.text.held_out_share * len(documents)))
+    if held_out >= len(documents):
+        raise UserError(f"text.path {config.text.path} holds {len(documents)} documents, too few to hold {held_out} of them out; add text")
+    return [documents[i] for i in order[held_out:]], [documents[i] for i in order[:held_out]]
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]]) -> text.Document:
+    """A chat in the model's template; what the assistant says is trained on, with the end of its turn."""
+    pieces, trained, before = [], [], ""
+    for count, message in enumerate(messages, 1):
+        answers = message.get("role") == "assistant"
+        if answers:
+            opened = tokenizer.apply_chat_template(messages[: count - 1], tokenize=False, add_generation_prompt=True)
+            pieces.append(opened[len(before) :])
+            trained.append(False)
+            before = opened
+        now = tokenizer.apply_chat_template(messages[:count], tokenize=False)
+        pieces.append(now[len(before) :])
+        trained.append(answers)
+        before = now
+    return text.Document(tuple(pieces), tuple(trained))
+
+
+def run(config: Config, session: Session) -> report.Results:
+    """Trains `num_seeds` models and reports on them."""
+    base, tokenizer = _load(config, session) if config.model.weights else (None, None)
+    corpus = prepare(config, session, tokenizer)
+    net = network(config, corpus.vocab_size, base)
+    mesh = training.make_mesh(config.mesh)
+    evaluate = _evaluator(net, corpus, mesh)
+    found: list[dict[str, Any]] = []
+    optimizer = training.make_optimizer(config.optimizer, num_steps=config.train.num_steps, mask=_decays)
+    for seed in range(config.num_seeds):
+        settings = dataclasses.replace(config.train, seed=config.train.seed + seed)
+        name = f"seed{settings.seed}"
+        batches = _Timed(text.batches(corpus.train, config.train.batch_size, settings.seed))
+        state = training.fit(
+            loss_fn(net),
+            net.init,
+            batches,
+            optimizer,
+            settings,
+            mesh=mesh,
+            rules=net.rules,
+            session=session,
+            name=name,
+            evaluate=lambda state: {"held_out": evaluate(training.ema_or_params(state))},
+        )
+        trained = training.ema_or_params(state)
+        measure = functools.partial(_measure, config, net, corpus, evaluate, trained, mesh, first=seed == 0)
+        steps_per_second = batches.rate()
+        found.append(session.memo(f"lm-{name}", lambda: measure() | {"steps_per_second": steps_per_second}))  # noqa: B023
+        adapters = jax.tree.map(sharding.fetch, trained) if config.lora.rank else None
+        if adapters is not None and session.is_main:
+            lora.save_peft(session.workdir / f"adapter-{name}", net.config, adapters, alpha=config.lora.alpha, base=config.model.weights)
+    return _results(config, net, corpus, found, session)
+
+
+class _Timed:
+    """A batch function that remembers when it was called."""
+
+    def __init__(self, batch_fn: training.BatchFn):
+        self._batch_fn, self._times = batch_fn, []
+
+    def __call__(self, position: int) -> Any:
+        self._times.append(time.perf_counter())
+        return self._batch_fn(position)
+
+    def rate(self) -> float | None:
+        """Steps per second, the median without the first calls, which wait for the compiler; None after fewer than eight calls."""
+        return float(1 / np.median(np.diff(self._times[3:]))) if len(self._times) >= 8 else None
+
+
+def _load(config: Config, session: Session) -> tuple[tuple[transformer.TransformerConfig, Any], Any]:
+    session.say(f"lm: loading {config.model.weights}")
+    try:
+        model = loading.load(config.model.weights)
+    except ValueError as error:
+        raise UserError(f"model.weights: {error}") from error
+    if model.tokenizer is None:
+        raise UserError(f"model.weights: {config.model.weights} has no tokenizer; put its tokenizer.json beside the weights")
+    return (model.config, model.params), model.tokenizer
+
+
+def _decays(params: Any) -> Any:
+    """Weight decay for matrices: kernels, embeddings and adapters; not norms, biases or learned positions."""
+
+    def decays(path: tuple[Any, ...], leaf: Any) -> bool:
+        del leaf
+        return sharding.path_string(path).rsplit("/", 1)[-1] in ("kernel", "table", "a", "b")
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def _evaluator(net: Network, corpus: Corpus, mesh: Any) -> Callable[[Any], float]:
+    """Trained tree -> nats per counted token over at most 128 held-out rows."""
+    count = min(_EVAL_ROWS, len(corpus.held_out.tokens))
+    size = max(mesh.shape.get("data", 1), 8)
+    rows = {field: getattr(corpus.held_out, field)[:count] for field in text.Rows._fields}
+    short = -count % size
+    rows = {field: np.concatenate([x, np.zeros((short, *x.shape[1:]), x.dtype)]) for field, x in rows.items()}
+    loss = jax.jit(loss_fn(net))
+
+    def evaluate(trained: Any) -> float:
+        total = weight = 0.0
+        with jax.set_mesh(mesh):
+            for start in range(0, count + short, size):
+                batch = {field: x[start : start + size] for field, x in rows.items()}
+                placed = sharding.place(batch, jax.tree.map(lambda _: jax.sharding.NamedSharding(mesh, sharding.batch_spec(mesh)), batch))
+                value, info = loss(trained, placed, jax.random.key(0))
+                total += float(value) * float(info["weight"])
+                weight += float(info["weight"])
+        return total / max(weight, 1.0)
+
+    return evaluate
+
+
+def _measure(
+    config: Config, net: Network, corpus: Corpus, evaluate: Callable[[Any], float], trained: Any, mesh: Any, *, first: bool
+) -> dict[str, Any]:
+    nats = evaluate(trained)
+    counted = int(corpus.held_out.mask.sum())
+    found: dict[str, Any] = {"held_out": nats, "bits_per_byte": nats * counted / math.log(2) / corpus.held_out_bytes}
+    if first:
+        with jax.set_mesh(mesh):
+            found["samples"] = _samples(config, net, corpus, net.params_of(trained))
+    return found
+
+
+def _samples(config: Config, net: Network, corpus: Corpus, params: Any) -> list[list[str]]:
+    """Continuations of the first held-out beginnings: (prompt, continuation)."""
+    prompt = 16
+    starts = [(row, 0) for row in range(len(corpus.held_out.tokens)) if corpus.held_out.segment_ids[row, :prompt].min() == 1]
+    prompts = np.stack([corpus.held_out.tokens[row, :prompt] for row, _ in starts[: config.num_samples]])
+    cache = transformer.init_cache(net.config, len(prompts), prompt + config.sample_tokens)
+    generate = functools.partial(
+        sampling.generate,
+        transformer.decode_fn(net.config),
+        sampling=sampling.SamplingParams(temperature=0.8, top_p=0.95),
+        max_new_tokens=config.sample_tokens,
+        stop_tokens=[corpus.end],
+    )
+    done = jax.jit(generate)(params, jax.random.key(0), cache, prompts, np.full(len(prompts), prompt))
+    tokens, lengths = np.asarray(sharding.fetch(done.tokens)), np.asarray(sharding.fetch(done.num_tokens))
+    return [[corpus.decode(list(map(int, p[1:]))), corpus.decode(list(map(int, t[:n])))] for p, t, n in zip(prompts, tokens, lengths)]
+
+
+def _entropies(corpus: Corpus) -> dict[str, float]:
+    """Nats per held-out token of two models that count: unigrams, and bigrams backed off to them; both smoothed, from the training rows."""
+    size = corpus.vocab_size
+    pairs: Counter[tuple[int, int]] = Counter()
+    unigrams = np.ones(size)
+    for tokens, mask in zip(corpus.train.tokens, corpus.train.mask):
+        places = np.flatnonzero(mask)
+        np.add.at(unigrams, tokens[places], 1)
+        pairs.update(zip(tokens[places - 1].tolist(), tokens[places].tolist()))
+    unigram = unigrams / unigrams.sum()
+    followers: Counter[int] = Counter()
+    kinds: Counter[int] = Counter()
+    for (first, _), count in pairs.items():
+        followers[first] += count
+        kinds[first] += 1
+    total = {"unigram": 0.0, "bigram": 0.0}
+    counted = 0
+    for tokens, mask in zip(corpus.held_out.tokens[:_EVAL_ROWS], corpus.held_out.mask[:_EVAL_ROWS]):
+        for place in np.flatnonzero(mask):
+            first, second = int(tokens[place - 1]), int(tokens[place])
+            back = unigram[second]
+            # Witten-Bell: the share of the lower order is the number of different followers
+            bigram = (pairs[first, second] + kinds[first] * back) / (followers[first] + kinds[first]) if followers[first] else back
+            total["unigram"] -= math.log(back)
+            total["bigram"] -= math.log(bigram)
+            counted += 1
+    return {name: value / max(counted, 1) for name, value in total.items()}
+
+
+def _results(config: Config, net: Network, corpus: Corpus, found: Sequence[Mapping[str, Any]], session: Session) -> report.Results:
+    counts = session.memo("lm-counts", lambda: _entropies(corpus))
+    held_out, bits = (mean_interval([one[name] for one in found]) for name in ("held_out", "bits_per_byte"))
+    squeezed = 8 * corpus.compressed_bytes / max(corpus.held_out_bytes, 1)
+    interval = held_out.half_width if held_out.count > 1 else None
+    claims = [
+        report.Claim(
+            id="lm-1",
+            claim="held-out text is predicted better than by counting token pairs (nats per token; the count's beside it)",
+            paper=counts["bigram"],
+            ours=held_out.value,
+            interval=interval,
+            seeds=held_out.count,
+            verdict="holds" if held_out.value + (interval or 0) < counts["bigram"] else "does not hold",
+            note=f"not a paper's number but a Witten-Bell bigram model of the same rows; unigrams give {counts['unigram']:.3f}",
+        ),
+    ]
+    rows = read_rows(session.workdir / "metrics.jsonl")
+    figures = [_curve(config, rows, counts["bigram"], session)]
+    rates = [one["steps_per_second"] for one in found if one["steps_per_second"]]
+    speed = float(np.median(rates)) * config.train.batch_size * config.text.sequence_length if rates else None
+    size = sum(math.prod(x.shape) for x in jax.tree.leaves(jax.eval_shape(net.init, jax.random.key(0))))
+    tables = [
+        report.Table(
+            title="Run",
+            columns=["what", "value"],
+            rows=[
+                ["trained parameters", f"{size:,}"],
+                ["text", f"{corpus.fingerprint}, {len(corpus.train.tokens)} rows of {config.text.sequence_length} tokens to train on"],
+                ["share of row positions that count", f"{corpus.train.mask.mean():.3f}"],
+                ["held-out rows evaluated", min(_EVAL_ROWS, len(corpus.held_out.tokens))],
+                [
+                    "bits per byte of held-out text",
+                    report.format_interval(bits.value, bits.half_width) if bits.count > 1 else f"{bits.value:.3f}",
+                ],
+                ["the same of xz -9, which sees all of that text at once and nothing else", f"{squeezed:.3f}"],
+                ["tokens per second in training", "not measured" if speed is None else f"{speed:,.0f}"],
+                ["devices", jax.device_count()],
+            ],
+        ),
+        report.Table(
+            title="Samples",
+            columns=["beginning (held out)", "continuation (temperature .8, top-p .95)"],
+            rows=[[prompt, continuation] for prompt, continuation in found[0]["samples"]],
+        ),
+    ]
+    return report.Results(
+        title="Language model",
+        intro=(
+            "A decoder trained on packed text: documents share rows and never see each other, the loss is the mean negative log-likelihood "
+            "per token, and whole packages (or documents) are held out."
+        ),
+        claims=claims,
+        figures=figures,
+        tables=tables,
+    )
+
+
+def _curve(config: Config, rows: Sequence[Mapping[str, Any]], bigram: float, session: Session) -> report.Figure:
+    path = session.figure_path("loss.png")
+    if session.is_main:
+        curves: dict[str, tuple[list[float], list[float]]] = {}
+        for row in rows:
+            for name, label in (("loss", "training"), ("held_out", "held out")):
+                if name in row and row.get("run", "").startswith("seed"):
+                    xs, ys = curves.setdefault(f"{label}, {row['run']}", ([], []))
+                    xs.append(row["step"])
+                    ys.append(row[name])
+        plots.lines(path, curves, xlabel="step", ylabel="nats per token", reference={"bigrams": bigram})
+    caption = f"Loss over {config.train.num_steps} steps of {config.train.batch_size} x {config.text.sequence_length} tokens."
+    return report.Figure(path="figures/loss.png", caption=caption, alt="training and held-out loss over steps, one curve per seed")
+
+
+def programs(config: Config, devices: Any) -> Iterable[aot.Program]:
+    """The training step of the configured shape, and prefill and decode with a cache, each sharded over the configured mesh."""
+    mesh = training.make_mesh(config.mesh, devices)
+    net = network(config)
+    label = config.model.shape
+    if "train" in config.programs:
+        size = (config.train.batch_size, config.text.sequence_length)
+        batch = {
+            "tokens": jax.ShapeDtypeStruct(size, jnp.int32),
+            "segment_ids": jax.ShapeDtypeStruct(size, jnp.int32),
+            "mask": jax.ShapeDtypeStruct(size, jnp.bool_),
+        }
+        optimizer = training.make_optimizer(config.optimizer, num_steps=config.train.num_steps, mask=_decays)
+        name = f"training step ({label}, {size[0]} x {size[1]} tokens)"
+        init = net.init if config.model.dtype == "float32" else lambda key: _half(net.init(key))
+        yield training.train_program(name, loss_fn(net), init, batch, optimizer, config.train, mesh=mesh, rules=net.rules)
+    serve = config.serve
+    shape = dataclasses.replace(net.config, remat="none")
+    params = jax.eval_shape(lambda key: _half(transformer.init(shape, key)), jax.random.key(0))
+    where = sharding.shardings(params, transformer.SHARDING_RULES, mesh)
+    cache = jax.eval_shape(lambda: transformer.init_cache(shape, serve.batch_size, serve.cache_length))
+    cache_where = sharding.shardings(cache._asdict(), transformer.CACHE_RULES, mesh)
+    cache_where = sampling.Cache(**cache_where)
+    rows = jax.sharding.NamedSharding(mesh, sharding.batch_spec(mesh))
+    for name, length in (("prefill", serve.prompt_length), ("decode", 1)):
+        if name in config.programs:
+            tokens = jax.ShapeDtypeStruct((serve.batch_size, length), jnp.int32)
+            yield aot.Program(
+                f"{name} ({label}, {serve.batch_size} x {length} tokens, cache of {serve.cache_length})",
+                functools.partial(transformer.decode, shape),
+                (params, cache, tokens),
+                in_shardings=(where, cache_where, rows),
+                out_shardings=(rows, cache_where),
+                donate_argnums=(1,),
+            )
+
+
+def _half(params: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
