@@ -99,7 +99,15 @@ def network(config: Config, vocab_size: int | None = None, base: tuple[transform
 
 
 def _start(shape: transformer.TransformerConfig, weights: Any, key: jax.Array) -> Any:
-    return transformer.init(shape, key) if weights is None else jax.tree.map(jnp.asarray, weights)
+    """Parameters in the compute dtype: bfloat16 ones have a float32 copy in the optimizer's state."""
+    params = transformer.init(shape, key) if weights is None else weights
+    return jax.tree.map(lambda x: jnp.asarray(x, shape.dtype), params)
+
+
+def _optimizer(config: Config) -> Any:
+    optimizer = training.make_optimizer(config.optimizer, num_steps=config.train.num_steps, mask=_decays)
+    whole_in_bfloat16 = config.model.dtype == "bfloat16" and not config.lora.rank
+    return training.with_master_weights(optimizer) if whole_in_bfloat16 else optimizer
 
 
 def loss_fn(net: Network) -> training.LossFn:
@@ -210,7 +218,7 @@ def run(config: Config, session: Session) -> report.Results:
     mesh = training.make_mesh(config.mesh)
     evaluate = _evaluator(net, corpus, mesh)
     found: list[dict[str, Any]] = []
-    optimizer = training.make_optimizer(config.optimizer, num_steps=config.train.num_steps, mask=_decays)
+    optimizer = _optimizer(config)
     for seed in range(config.num_seeds):
         settings = dataclasses.replace(config.train, seed=config.train.seed + seed)
         name = f"seed{settings.seed}"
@@ -440,10 +448,8 @@ def programs(config: Config, devices: Any) -> Iterable[aot.Program]:
             "segment_ids": jax.ShapeDtypeStruct(size, jnp.int32),
             "mask": jax.ShapeDtypeStruct(size, jnp.bool_),
         }
-        optimizer = training.make_optimizer(config.optimizer, num_steps=config.train.num_steps, mask=_decays)
         name = f"training step ({label}, {size[0]} x {size[1]} tokens)"
-        init = net.init if config.model.dtype == "float32" else lambda key: _half(net.init(key))
-        yield training.train_program(name, loss_fn(net), init, batch, optimizer, config.train, mesh=mesh, rules=net.rules)
+        yield training.train_program(name, loss_fn(net), net.init, batch, _optimizer(config), config.train, mesh=mesh, rules=net.rules)
     serve = config.serve
     shape = dataclasses.replace(net.config, remat="none")
     params = jax.eval_shape(lambda key: _half(transformer.init(shape, key)), jax.random.key(0))
