@@ -10,8 +10,9 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
-__all__ = ["check_shapes", "is_concrete", "one_of", "require_finite"]
+__all__ = ["check_shapes", "is_concrete", "one_of", "require_finite", "require_integers"]
 
 
 def check_shapes(function: str, **arguments: tuple[object, str]) -> dict[str, int]:
@@ -82,3 +83,11 @@ def require_finite(function: str, **arguments: object) -> None:
             bad = int(jnp.sum(~jnp.isfinite(array)))
             if bad:
                 raise ValueError(f"{function}: {name!r} holds {bad} non-finite values of {array.size}; clean the input first")
+
+
+def require_integers(function: str, **arguments: ArrayLike) -> None:
+    """Raises ValueError unless every argument has an integer dtype (booleans have not); for ids and indices."""
+    for name, array in arguments.items():
+        dtype = jnp.result_type(array)
+        if not jnp.issubdtype(dtype, jnp.integer):
+            raise ValueError(f"{function}: {name!r} has dtype {dtype.name}, expected integers")

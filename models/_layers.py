@@ -13,7 +13,6 @@ from jax.typing import ArrayLike
 
 from janax.jaxlib_ext import checks, dtypes, sharding
 
-
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,

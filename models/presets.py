@@ -85,9 +85,7 @@ LLAMA_3_1_8B = TransformerConfig(
 )
 """Llama-3.1-8B (arXiv:2407.21783), 8 billion parameters."""
 
-LM_SMALL = TransformerConfig(
-    vocab_size=4096, max_length=512, width=192, depth=4, heads=6, kv_heads=2, head_width=32, hidden=512, tied=True
-)
+LM_SMALL = TransformerConfig(vocab_size=4096, max_length=512, width=192, depth=4, heads=6, kv_heads=2, head_width=32, hidden=512, tied=True)
 """A decoder for a vocabulary of 4096, 2.4 million parameters: it learns from a few megabytes of text on a laptop."""
 
 BERT_BASE = EncoderConfig(vocab_size=30_522, max_length=512, width=768, depth=12, heads=12, hidden=3072, token_types=2, pooler=True)

@@ -10,7 +10,7 @@
 Layers differ by data only (attention window, rotary frequencies), so that one program, scanned over the parameters' leading axis, serves all.
 A scan copies every layer's weights on CPU; where that counts (decoding), give `unstack_layers(params)`, and the loop is unrolled.
 
-Kernels are stored [*outputs *inputs], as PyTorch does: with few tokens, CPUs multiply fastest from that side (benchmarks/lm_decode.py).
+Kernels are stored [*outputs *inputs], as PyTorch does: with few tokens, CPUs multiply fastest from that side (benchmarks/smollm2.py).
 Queries, keys and values are one kernel, grouped by key-value head, [kv, queries per kv head + 2, head width, d], and so a split over heads
 never cuts a group.
 """
@@ -208,7 +208,9 @@ class TransformerConfig:
             if value is not None and value <= 0:
                 raise ValueError(f"TransformerConfig: {name!r} must be positive, got {value}")
         if self.sliding and len(self.sliding) != self.depth:
-            raise ValueError(f"TransformerConfig: 'sliding' has {len(self.sliding)} flags, expected one for each of the {self.depth} layers")
+            raise ValueError(
+                f"TransformerConfig: 'sliding' has {len(self.sliding)} flags, expected one for each of the {self.depth} layers"
+            )
         if self.window is None and any(self.sliding):
             raise ValueError("TransformerConfig: 'sliding' layers need a 'window'")
 
@@ -334,7 +336,7 @@ class _Embedding(nnx.Module):
         self.scale, self.dtype = config.embedding_scale, config.dtype
 
     def __call__(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        """tokens [b t] and positions [b or 1, t] to [b t d]; one out of range gives nan."""
+        """tokens [b t] and positions [b or 1, t] to [b t d]; nan where one is out of range."""
         x = jnp.take(self.table[...], tokens, axis=0, mode="fill").astype(self.dtype)
         x = x if self.scale == 1 else x * jnp.asarray(self.scale, x.dtype)
         if self.positions is None:
@@ -364,7 +366,9 @@ def _product(x: jax.Array, kernel: jax.Array, dtype: DTypeLike | None = None) ->
     For 2 to 32 tokens the CPU's matrix product is up to twice as fast as `kernel @ x.T`; the barrier keeps the compiler from turning it round.
     """
     outputs = kernel.shape[: kernel.ndim - x.ndim + 2]
-    flat = kernel.astype(x.dtype).reshape(math.prod(outputs), -1)  # two axes: with more, the compiler may transpose the kernel in every call
+    flat = kernel.astype(x.dtype).reshape(
+        math.prod(outputs), -1
+    )  # two axes: with more, the compiler may transpose the kernel in every call
     rows = x.reshape(x.shape[0] * x.shape[1], -1)
     if 1 < len(rows) <= _FEW_TOKENS:
         y = jax.lax.dot_general(flat, rows, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
@@ -596,7 +600,7 @@ def hidden(
     Args:
       config: The network. Static.
       params: As `init` gives them, or with unstacked layers.
-      tokens: [b t] integers; one out of range gives nan.
+      tokens: [b t] integers; one out of range makes its row nan.
       segment_ids: [b t] integers, 0 for padding; tokens see those of their own segment only, which stand together. None is one segment a row.
       positions: [b t] integers; None counts from the beginning of each segment. Windows are measured in them, order is that of the row.
 
@@ -606,14 +610,13 @@ def hidden(
     Raises:
       ValueError: on wrong shapes, or if `params` does not belong to the config.
     """
-    tokens, segment_ids, positions = _check_tokens("transformer.hidden", tokens, segment_ids=segment_ids, positions=positions)
+    arrays = _check_tokens("transformer.hidden", tokens, segment_ids=segment_ids, positions=positions)
     check_params("transformer.hidden", config, params)
-    call = functools.partial(_hidden, config)
-    return _layers.placed(call, lambda spec: jax.P(*spec(tokens), None), tokens, params, segment_ids, positions)
+    return _layers.placed(functools.partial(_hidden, config), lambda spec: jax.P(*spec(arrays[0]), None), params, *arrays)
 
 
 def _hidden(
-    config: TransformerConfig, tokens: jax.Array, params: Mapping[str, Any], segment_ids: jax.Array | None, positions: jax.Array | None
+    config: TransformerConfig, params: Mapping[str, Any], tokens: jax.Array, segment_ids: jax.Array | None, positions: jax.Array | None
 ) -> jax.Array:
     kinds, numbers = _kinds(config)
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
@@ -658,13 +661,13 @@ def logits(
     positions: ArrayLike | None = None,
 ) -> jax.Array:
     """[b t v] logits of every next token, float32, soft-capped if the network does that; arguments as in `hidden`."""
-    tokens, segment_ids, positions = _check_tokens("transformer.logits", tokens, segment_ids=segment_ids, positions=positions)
+    arrays = _check_tokens("transformer.logits", tokens, segment_ids=segment_ids, positions=positions)
     check_params("transformer.logits", config, params)
 
-    def call(tokens: jax.Array, params: Mapping[str, Any], *rest: jax.Array | None) -> jax.Array:
-        return _to_logits(config, params, _hidden(config, tokens, params, *rest))
+    def call(params: Mapping[str, Any], *arrays: Any) -> jax.Array:
+        return _to_logits(config, params, _hidden(config, params, *arrays))
 
-    return _layers.placed(call, lambda spec: jax.P(*spec(tokens), None), tokens, params, segment_ids, positions)
+    return _layers.placed(call, lambda spec: jax.P(*spec(arrays[0]), None), params, *arrays)
 
 
 def init_cache(config: TransformerConfig, batch: int, length: int, dtype: DTypeLike | None = None) -> Cache:
@@ -728,30 +731,32 @@ def _extend(
     *,
     last: bool,
 ) -> tuple[jax.Array, Cache]:
-    (tokens,) = _check_tokens(function, tokens)
+    (rows,) = _check_tokens(function, tokens)
+    b, t = rows.shape
     size = {"l": config.depth, "kv": config.kv_heads, "h": config.head_width}
-    for name, one, b in (("cache", cache, "b"), ("prefix", prefix, "g")):
+    for name, one in (("cache", cache), ("prefix", prefix)):
         if one is not None:
-            spec = " ".join(str(size.get(axis, axis)) for axis in ("l", b, "s", "kv", "h"))
-            same = checks.check_shapes(function, **{f"{name}.{field}": (getattr(one, field), spec) for field in "kv"}, length=(one.length, b))
-            if name == "cache" and same["b"] != tokens.shape[0] or tokens.shape[0] % same[b]:
-                raise ValueError(f"{function}: {name!r} has {same[b]} rows, which does not suit the {tokens.shape[0]} of 'tokens'")
-    checks.check_shapes(function, tokens=(tokens, "b t"), num_tokens=(num_tokens, "b"))
+            spec = " ".join(str(size.get(axis, axis)) for axis in ("l", "b", "s", "kv", "h"))
+            arguments = {f"{name}.k": (one.k, spec), f"{name}.v": (one.v, spec), f"{name}.length": (one.length, "b")}
+            held = checks.check_shapes(function, **arguments)["b"]
+            if b % held or (name == "cache" and b != held):
+                raise ValueError(f"{function}: {name!r} has {held} rows, which does not suit the {b} of 'tokens'")
+    checks.check_shapes(function, tokens=(rows, "b t"), num_tokens=(num_tokens, "b"))
     check_params(function, config, params)
-    count = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32) if num_tokens is None else jnp.asarray(num_tokens, jnp.int32)
+    count = jnp.full(b, t, jnp.int32) if num_tokens is None else jnp.asarray(num_tokens, jnp.int32)
 
-    def call(tokens: jax.Array, params: Mapping[str, Any], cache: Cache, count: jax.Array, prefix: Cache | None) -> Any:
+    def call(params: Mapping[str, Any], cache: Cache, tokens: jax.Array, count: jax.Array, prefix: Cache | None) -> Any:
         h, cache = _appended(config, params, cache, tokens, count, prefix)
         if not last:
             return h, cache
-        if h.shape[1] > 1:
+        if t > 1:
             h = jnp.take_along_axis(h, jnp.maximum(count - 1, 0)[:, None, None], axis=1)
         return _to_logits(config, params, h)[:, 0], cache
 
     def like(spec: Callable[[Any], jax.P]) -> Any:
-        return jax.P(*spec(tokens)[:1], *(None,) * (1 if last else 2)), jax.tree.map(spec, cache)
+        return jax.P(*spec(rows)[:1], *(None,) * (1 if last else 2)), jax.tree.map(spec, cache)
 
-    return _layers.placed(call, like, tokens, params, cache, count, prefix)
+    return _layers.placed(call, like, params, cache, rows, count, prefix)
 
 
 def _appended(
@@ -775,7 +780,7 @@ def _appended(
         x, keys, values = carry
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            written = tuple(_write(cached, number, new, cache.length, count) for cached, new in ((keys, k), (values, v)))
+            written = (_write(keys, number, k, cache.length, count), _write(values, number, v, cache.length, count))
             parts = [own(kind, q, *(_pick(cached, number) for cached in written))]
             if prefix is not None and shared is not None:
                 g = prefix.length.shape[0]
@@ -807,17 +812,35 @@ def _write(cached: jax.Array, number: ArrayLike, new: jax.Array, start: jax.Arra
 
 def hidden_fn(config: TransformerConfig) -> Callable[..., jax.Array]:
     """`hidden` as `hidden_fn(params, tokens, segment_ids=None, positions=None) -> [b t d]`."""
-    return functools.partial(hidden, config)
+
+    def fn(
+        params: Mapping[str, Any], tokens: ArrayLike, segment_ids: ArrayLike | None = None, positions: ArrayLike | None = None
+    ) -> jax.Array:
+        return hidden(config, params, tokens, segment_ids, positions)
+
+    return fn
 
 
 def logits_fn(config: TransformerConfig) -> Callable[..., jax.Array]:
     """`logits` as `logits_fn(params, tokens, segment_ids=None, positions=None) -> [b t v]`."""
-    return functools.partial(logits, config)
+
+    def fn(
+        params: Mapping[str, Any], tokens: ArrayLike, segment_ids: ArrayLike | None = None, positions: ArrayLike | None = None
+    ) -> jax.Array:
+        return logits(config, params, tokens, segment_ids, positions)
+
+    return fn
 
 
 def decode_fn(config: TransformerConfig) -> Callable[..., tuple[jax.Array, Cache]]:
     """`decode` as `decode_fn(params, cache, tokens, num_tokens=None, prefix=None) -> (logits [b v], cache)`."""
-    return functools.partial(decode, config)
+
+    def fn(
+        params: Mapping[str, Any], cache: Cache, tokens: ArrayLike, num_tokens: ArrayLike | None = None, prefix: Cache | None = None
+    ) -> tuple[jax.Array, Cache]:
+        return decode(config, params, cache, tokens, num_tokens, prefix)
+
+    return fn
 
 
 def check_params(function: str, config: TransformerConfig, params: Mapping[str, Any]) -> None:

@@ -27,13 +27,13 @@ class TextConfig:
     """Share of the documents of `path` kept for evaluation."""
     vocab_size: int = 4096
     """Size of the byte-level BPE vocabulary trained on the text; a model's own tokenizer is used where weights are loaded."""
-    sequence_length: int = 256
+    sequence_length: int = 128
     """Tokens per row; documents are packed into rows and never see each other."""
     max_documents: int = 0
     """Read at most this many documents; 0 for all."""
 
     def __post_init__(self) -> None:
-        check(self.sequence_length >= 8, "text.sequence_length", "at least 8", self.sequence_length, "256")
+        check(self.sequence_length >= 8, "text.sequence_length", "at least 8", self.sequence_length, "128")
         check(self.vocab_size >= 300, "text.vocab_size", "at least 300: 256 bytes, special tokens and merges", self.vocab_size, "4096")
         check(0 < self.held_out_share < 1, "text.held_out_share", "in (0, 1)", self.held_out_share, "0.05")
         check(self.held_out not in self.packages, "text.held_out", "a package that is not trained on", self.held_out, "optax")
@@ -104,7 +104,7 @@ class Config:
     """Adapters."""
     serve: ServeConfig = dataclasses.field(default_factory=ServeConfig)
     """Inference programs."""
-    num_seeds: int = 3
+    num_seeds: int = 2
     """Training runs, each with its own seed."""
     num_samples: int = 4
     """Continuations shown in the report."""
@@ -113,7 +113,7 @@ class Config:
     programs: tuple[Program, ...] = ("train",)
     """What `janax compile lm` compiles."""
     train: TrainConfig = dataclasses.field(
-        default_factory=lambda: TrainConfig(num_steps=600, batch_size=16, checkpoint_every=200, log_every=10)
+        default_factory=lambda: TrainConfig(num_steps=400, batch_size=16, checkpoint_every=100, log_every=10)
     )
     """Length, batch, checkpoints."""
     optimizer: OptimizerConfig = dataclasses.field(
@@ -124,7 +124,7 @@ class Config:
     """Devices."""
 
     def __post_init__(self) -> None:
-        check(self.num_seeds >= 1, "num_seeds", "at least 1", self.num_seeds, "3")
+        check(self.num_seeds >= 1, "num_seeds", "at least 1", self.num_seeds, "2")
         check(self.num_samples >= 1, "num_samples", "at least 1", self.num_samples, "4")
         check(self.sample_tokens >= 1, "sample_tokens", "at least 1", self.sample_tokens, "96")
         check(bool(self.programs), "programs", "one program or more", self.programs, "train")

@@ -118,7 +118,11 @@ def loss_fn(net: Network) -> training.LossFn:
         params = net.params_of(trained)
         h = transformer.hidden(net.config, params, batch["tokens"], batch["segment_ids"])[:, :-1]
         targets, weights = batch["tokens"][:, 1:], batch["mask"][:, 1:].astype(jnp.float32)
-        total = fused.weighted_nll(h, transformer.unembed(net.config, params), targets, weights, softcap=net.config.final_softcap)
+        w, cap = transformer.unembed(net.config, params), net.config.final_softcap
+        if jax.sharding.get_abstract_mesh().size > 1:  # one more product than below, but gradients are summed over devices once
+            total = -jnp.sum(fused.token_log_probs(h, w, targets, softcap=cap) * weights)
+        else:
+            total = fused.weighted_nll(h, w, targets, weights, softcap=cap)
         count = jnp.sum(weights)
         return total / jnp.maximum(count, 1.0), {"weight": count}
 
@@ -451,7 +455,7 @@ def programs(config: Config, devices: Any) -> Iterable[aot.Program]:
         name = f"training step ({label}, {size[0]} x {size[1]} tokens)"
         yield training.train_program(name, loss_fn(net), net.init, batch, _optimizer(config), config.train, mesh=mesh, rules=net.rules)
     serve = config.serve
-    shape = dataclasses.replace(net.config, remat="none")
+    shape = dataclasses.replace(net.config, remat="none", attention="flash")  # queries in chunks: no [t s] matrix of a whole prompt
     params = jax.eval_shape(lambda key: _half(transformer.init(shape, key)), jax.random.key(0))
     where = sharding.shardings(params, transformer.SHARDING_RULES, mesh)
     cache = jax.eval_shape(lambda: transformer.init_cache(shape, serve.batch_size, serve.cache_length))

@@ -122,7 +122,8 @@ def _header(path: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
         header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
         tensors = {
-            str(name): (str(info["dtype"]), tuple(map(int, info["shape"])), *map(int, info["data_offsets"])) for name, info in header.items()
+            str(name): (str(info["dtype"]), tuple(map(int, info["shape"])), *map(int, info["data_offsets"]))
+            for name, info in header.items()
         }
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: not a complete safetensors file (the header is damaged: {error})") from error

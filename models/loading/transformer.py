@@ -271,7 +271,10 @@ def _write_rotary(config: TransformerConfig, **more: Any) -> dict[str, Any]:
         rope |= {"low_freq_factor": scaling.low_frequency, "high_freq_factor": scaling.high_frequency}
         rope["original_max_position_embeddings"] = scaling.original_length
     # Both spellings: readers know the newer one, older readers the older one.
-    older = {"rope_theta": config.rope_theta, "rope_scaling": None if scaling is None else {k: v for k, v in rope.items() if k != "rope_theta"}}
+    older = {
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if scaling is None else {k: v for k, v in rope.items() if k != "rope_theta"},
+    }
     return {
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.max_length,
@@ -379,7 +382,14 @@ def _block_entries(config: TransformerConfig, block: str, names: Mapping[str, st
     """The blocks; `names` maps this library's names to the family's, "q", "k" and "v" too."""
     d, kv, g, h, layers = config.width, config.kv_heads, config.queries, config.head_width, config.depth
     found = []
-    for name, width in (("attention_norm", d), ("mlp_norm", d), ("attention_post_norm", d), ("mlp_post_norm", d), ("query_norm", h), ("key_norm", h)):
+    for name, width in (
+        ("attention_norm", d),
+        ("mlp_norm", d),
+        ("attention_post_norm", d),
+        ("mlp_post_norm", d),
+        ("query_norm", h),
+        ("key_norm", h),
+    ):
         if name in names:
             found += _norm_entries(config, ("blocks", name), block + names[name], width, layers)
     dense: list[tuple[str, dict[str, tuple[int, ...]], tuple[int, ...], bool, int]] = [
