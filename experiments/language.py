@@ -121,8 +121,10 @@ class Engine:
     def __init__(self, name: str, dtype: str):
         import jax
 
-        from janax.models import loading, transformer
+        from janax.models import cache, loading, transformer
 
+        # Compiled programs are kept beside the weights: the same command starts at once the next time.
+        jax.config.update("jax_compilation_cache_dir", str(cache.directory() / "compiled"))
         try:
             model = loading.load(name)
         except ValueError as error:
@@ -132,9 +134,8 @@ class Engine:
         self.config = dataclasses.replace(model.config, dtype=dtype)
         # On CPU a loop over separate layers is faster than a scan, which copies every layer's weights.
         self.params = transformer.unstack_layers(model.params) if jax.default_backend() == "cpu" else model.params
-        self.tokenizer = model.tokenizer
-        ends = {self.tokenizer.eos_token_id, *model.stop_tokens}
-        self.stop_tokens = sorted(token for token in ends if token is not None)
+        self.tokenizer: Any = model.tokenizer
+        self.stop_tokens = list(model.stop_tokens)
         self._init, self._advance = None, None
 
     def encode(self, text: str) -> list[int]:
@@ -195,7 +196,7 @@ class Engine:
         """What a row has said, cut before a stop string."""
         import numpy as np
 
-        text = self.decode(np.asarray(state.tokens)[row, : int(state.num_tokens[row])])
+        text = self.decode(np.asarray(state.tokens)[row, : int(state.num_tokens[row])].tolist())
         cuts = [text.index(string) for string in stop if string in text]
         return text[: min(cuts)] if cuts else text
 

@@ -152,7 +152,7 @@ def with_master_weights(optimizer: optax.GradientTransformation) -> optax.Gradie
         master = widen(params)
         return MasterState(master=master, inner=optimizer.init(master))
 
-    def update(updates: Any, state: MasterState, params: Any = None) -> tuple[Any, MasterState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, MasterState]:
         updates, inner = optimizer.update(widen(updates), state.inner, state.master)
         master = optax.apply_updates(state.master, updates)
         # As a difference, since that is what the step adds to the parameters; the sum is rounded once, to the parameters' dtype.

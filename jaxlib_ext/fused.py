@@ -187,14 +187,13 @@ def weighted_nll(
     """
     name = "weighted_nll"
     options = _Options(softcap, False, False, vocab_chunk, token_chunk)
-    h, w, bias, tokens, temperature, axes = _prepare(name, options, h, w, bias, tokens, temperature)
     check_shapes(name, tokens=(tokens, "..."), weights=(weights, "..."))
-    weights = jnp.asarray(weights).astype(_float(h, w)).reshape(-1)
-    h, w, bias, tokens, temperature = (h.reshape(-1, axes["d"]), w, bias, tokens.reshape(-1), temperature)
+    *arrays, _ = _prepare(name, options, h, w, bias, tokens, temperature)
+    each = jnp.asarray(weights).astype(_float(*arrays[:2])).reshape(-1)
     # What belongs to a token is the same on all shards of the vocabulary, and so is the gradient with respect to its weight.
-    weights = _vary(weights, frozenset[str]().union(*map(_varying, jax.tree.leaves((h, w, bias, tokens, temperature)))) - {axis_name})
-    h, w, bias, tokens, temperature, _ = _agree(name, axis_name, (h, w, bias, tokens, temperature, weights))
-    return _nll(options, axis_name, h, w, bias, _localise(tokens, w, axis_name), weights, temperature)
+    each = _vary(each, frozenset[str]().union(*map(_varying, jax.tree.leaves(arrays))) - {axis_name})
+    hidden, head, offsets, ids, heat, _ = _agree(name, axis_name, (*arrays, each))
+    return _nll(options, axis_name, hidden, head, offsets, _localise(ids, head, axis_name), each, heat)
 
 
 def top_k(
@@ -229,14 +228,12 @@ def top_k(
       ValueError: as `token_log_probs`, and if k is not between 1 and v.
     """
     options = _Options(softcap, False, False, vocab_chunk, token_chunk)
-    h, w, bias, _, temperature, axes = _prepare("top_k", options, h, w, bias, None, temperature)
-    v = axes["v"] if axis_name is None else axes["v"] * jax.lax.axis_size(axis_name)
+    *arrays, leading = _prepare("top_k", options, h, w, bias, None, temperature)
+    v = jnp.shape(w)[1] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
     if not 1 <= k <= v:
         raise ValueError(f"top_k: 'k' is {k}, expected 1 to v={v}")
-    leading = h.shape[:-1]
-    h, w, bias, temperature = _agree("top_k", axis_name, (h.reshape(-1, axes["d"]), w, bias, temperature))
-    h, w, bias, temperature = jax.lax.stop_gradient((h, w, bias, temperature))
-    log_probs, tokens = _top_k(options, k, axis_name, h, w, bias, temperature)
+    hidden, head, offsets, _, heat = jax.lax.stop_gradient(_agree("top_k", axis_name, tuple(arrays)))
+    log_probs, tokens = _top_k(options, k, axis_name, hidden, head, offsets, heat)
     return TopK(log_probs=log_probs.reshape(*leading, k), tokens=tokens.reshape(*leading, k))
 
 
@@ -260,6 +257,7 @@ def _float(*arrays: jax.Array) -> Any:
 
 
 def _prepare(name: str, options: _Options, h: Any, w: Any, bias: Any, tokens: Any, temperature: Any) -> tuple[Any, ...]:
+    """Checked: h [n d] and w [d v] of one dtype, bias [v] or None, int32 tokens [n] or None, temperature [], and the leading axes of h."""
     axes = check_shapes(name, h=(h, "... d"), w=(w, "d v"), tokens=(tokens, "..."), bias=(bias, "v"), temperature=(temperature, ""))
     for argument, value in (("vocab_chunk", options.vocab_chunk), ("token_chunk", options.token_chunk)):
         if value is not None and value < 1:
@@ -278,8 +276,8 @@ def _prepare(name: str, options: _Options, h: Any, w: Any, bias: Any, tokens: An
     bias = None if bias is None else jnp.asarray(bias)
     if tokens is not None:
         require_integers(name, tokens=tokens)
-        tokens = jnp.asarray(tokens).astype(jnp.int32)
-    return h, w, bias, tokens, jnp.asarray(temperature).astype(_float(h, w)), axes
+        tokens = jnp.asarray(tokens).astype(jnp.int32).reshape(-1)
+    return h.reshape(-1, axes["d"]), w, bias, tokens, jnp.asarray(temperature).astype(_float(h, w)), h.shape[:-1]
 
 
 def _varying(x: Any) -> frozenset[str]:
@@ -549,9 +547,8 @@ def _token_statistics(
     name: str, options: _Options, h: Any, w: Any, tokens: Any, bias: Any, temperature: Any, axis_name: str | None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Log-probabilities, log-normalisers and mean logits (None without `with_mean`), [...]."""
-    h, w, bias, tokens, temperature, axes = _prepare(name, options, h, w, bias, tokens, temperature)
-    leading = tokens.shape
-    h, w, bias, tokens, temperature = _agree(name, axis_name, (h.reshape(-1, axes["d"]), w, bias, tokens.reshape(-1), temperature))
+    *arrays, leading = _prepare(name, options, h, w, bias, tokens, temperature)
+    h, w, bias, tokens, temperature = _agree(name, axis_name, tuple(arrays))
     local = _localise(tokens, w, axis_name)
     target, normalizer, mean = _statistics(options, h, w, bias, local, temperature)
     log_probs, normalizer, mean, _ = _finish(axis_name, w, local, target, normalizer, mean)

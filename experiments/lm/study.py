@@ -138,6 +138,7 @@ def prepare(config: Config, session: Session, tokenizer: Any = None) -> Corpus:
       tokenizer: The loaded model's tokenizer (transformers); None trains one.
     """
     path, vocabulary = session.workdir / "text" / "rows.npz", session.workdir / "text" / "tokenizer.json"
+    own: Any = None
     if not path.exists():
         arrays, own = _read(config, session, tokenizer)
         if session.is_main:
@@ -150,15 +151,16 @@ def prepare(config: Config, session: Session, tokenizer: Any = None) -> Corpus:
     else:
         with np.load(path) as stored:
             arrays = dict(stored)
-        own = None
         if tokenizer is None:
             import tokenizers
 
             own = tokenizers.Tokenizer.from_file(str(vocabulary))
     parts = {part: text.Rows(*(arrays[f"{part}_{field}"] for field in text.Rows._fields)) for part in ("train", "held_out")}
     size, squeezed, end = (int(x) for x in arrays["numbers"])
-    decode, vocab_size = (tokenizer.decode, len(tokenizer)) if own is None else (own.decode, own.get_vocab_size())
-    return Corpus(parts["train"], parts["held_out"], size, squeezed, decode, end, vocab_size, str(arrays["fingerprint"]))
+    mark = str(arrays["fingerprint"])
+    if tokenizer is None:
+        return Corpus(parts["train"], parts["held_out"], size, squeezed, own.decode, end, own.get_vocab_size(), mark)
+    return Corpus(parts["train"], parts["held_out"], size, squeezed, tokenizer.decode, end, len(tokenizer), mark)
 
 
 def _read(config: Config, session: Session, tokenizer: Any) -> tuple[dict[str, Any], Any]:

@@ -155,7 +155,7 @@ def save_safetensors(path: Path, shapes: dict[str, tuple[tuple[int, ...], np.dty
     with partial.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for _, value in tensors:
-            stream.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+            stream.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
     os.replace(partial, path)
 
 

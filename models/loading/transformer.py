@@ -154,7 +154,7 @@ def _rotary(settings: _Settings, *, head_width: int | None = None, theta: float 
     }
 
 
-def _biased(settings: _Settings) -> dict[str, bool]:
+def _biased(settings: _Settings) -> dict[str, Any]:
     biased = settings.flag("attention_bias", False)
     return {"qkv_bias": biased, "out_bias": biased}
 
@@ -208,7 +208,7 @@ def _gemma(settings: _Settings, *, third: bool) -> TransformerConfig:
     )
 
 
-_LEARNED = {"norm": "layer", "gated": False, "out_bias": True, "mlp_bias": True, "positions": "learned"}
+_LEARNED: dict[str, Any] = {"norm": "layer", "gated": False, "out_bias": True, "mlp_bias": True, "positions": "learned"}
 
 
 def _gpt2(settings: _Settings) -> TransformerConfig:
