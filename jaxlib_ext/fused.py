@@ -23,7 +23,7 @@ is to keep a sum over devices pending through the loop: it adds the gradient of 
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -183,7 +183,7 @@ def weighted_nll(
     Raises:
       ValueError: as `token_log_probs`.
 
-    Reference: gradients within the forward pass as in Hsu et al., arXiv:2410.10989 (Liger kernels), section 3.2.
+    Reference: gradients within the forward pass as in Hsu et al., arXiv:2410.10989 (Liger kernels).
     """
     name = "weighted_nll"
     options = _Options(softcap, False, False, vocab_chunk, token_chunk)
@@ -209,6 +209,9 @@ def top_k(
     axis_name: str | None = None,
 ) -> TopK:
     """The k likeliest tokens at each position, merged over chunks of the vocabulary. Not differentiated: see `token_log_probs` for that.
+
+    On a mesh under `jit`, a backend whose compiler does not partition top-k (the CPU's) gathers each chunk of logits, though never `w`; inside
+    `jax.shard_map` with `axis_name` only the candidates travel.
 
     Args:
       h: [... d] hidden states.
@@ -322,7 +325,7 @@ class _Chunks(NamedTuple):
 
     @classmethod
     def of(cls, size: int, target: int, groups: int, multiple: int) -> "_Chunks":
-        groups = math.gcd(size, groups) if size else 1
+        groups, target = math.gcd(size, groups) if size else 1, max(target, 1)
         while groups > target:
             groups = groups // next(p for p in range(2, groups + 1) if groups % p == 0)
         inner = size // groups
@@ -550,7 +553,7 @@ def _token_statistics(
     *arrays, leading = _prepare(name, options, h, w, bias, tokens, temperature)
     h, w, bias, tokens, temperature = _agree(name, axis_name, tuple(arrays))
     local = _localise(tokens, w, axis_name)
-    target, normalizer, mean = _statistics(options, h, w, bias, local, temperature)
+    target, normalizer, mean = cast(tuple[Any, Any, Any], _statistics(options, h, w, bias, local, temperature))
     log_probs, normalizer, mean, _ = _finish(axis_name, w, local, target, normalizer, mean)
     return log_probs.reshape(leading), normalizer.reshape(leading), None if mean is None else mean.reshape(leading)
 
@@ -615,17 +618,17 @@ def _statistics_fwd(options: _Options, h: Any, w: Any, bias: Any, tokens: Any, t
 
 
 class _Sums(NamedTuple):
-    """Gradients being summed: h [n d], w [d g r] (of one chunk [g c d]: rows are faster to write), bias [g r] or None, temperature []."""
+    """Gradients being summed: h [n d] or None, w [d g r] (of one chunk [g c d]: rows are faster to write), bias [g r] or None, temperature []."""
 
-    h: jax.Array | None
+    h: Any
     w: jax.Array
-    bias: jax.Array | None
+    bias: Any
     temperature: jax.Array
 
 
 def _statistics_bwd(options: _Options, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
     h, w, bias, tokens, temperature, (target, normalizer, mean), expected = residuals
-    to_target, to_normalizer, to_mean = cotangents
+    to_target, to_normalizer, _ = cotangents
     dtype = normalizer.dtype
     vocab = _vocab_chunks(options, w.shape[1])
     vocabulary = _Vocabulary.of(vocab, w, bias, temperature)
@@ -635,9 +638,9 @@ def _statistics_bwd(options: _Options, residuals: Any, cotangents: Any) -> tuple
     def column(x: jax.Array) -> jax.Array:
         return x[:, None, None]
 
-    def pull(h: jax.Array, rows: Any, window: Any, step: Any) -> tuple[jax.Array, jax.Array]:
+    def pull(rows: Any, window: Any, step: Any) -> tuple[jax.Array, jax.Array]:
         """(gradient of the tile's h w [m g c], its part of -temperature times the temperature's gradient [])."""
-        tokens, base, to_target, to_normalizer, mean, to_mean = rows
+        h, tokens, base, mean, to_target, to_normalizer, to_mean = rows
         tile = vocabulary.tile(options.softcap, h, tokens, window, step)
         p = jnp.exp(tile.z - column(base))
         factor = column(to_normalizer)
@@ -647,23 +650,21 @@ def _statistics_bwd(options: _Options, residuals: Any, cotangents: Any) -> tuple
         return jnp.where(jnp.isneginf(tile.z), jnp.zeros_like(dz), dz) * tile.slope, jnp.sum(dz * tile.finite)
 
     def body(sums: _Sums, step: Any) -> _Sums:
-        window = vocabulary.window(step)
+        window: Any = vocabulary.window(step)
 
         def some(inner: _Sums, token_step: Any) -> _Sums:
-            rows = _rows(chunks, (h, (tokens, base, to_target, to_normalizer, mean, to_mean)), token_step)
-            if chunks.overlaps:
-                fresh = chunks.fresh(token_step).reshape(-1)
-                silence = lambda x: None if x is None else x * fresh.astype(x.dtype)  # noqa: E731
-                part, (ids, anchor, a, b, c, e) = rows
-                rows = part, (ids, anchor, silence(a), silence(b), c, silence(e))
-            dx, temper = pull(*rows, window, step)
+            part, ids, row_base, row_mean, row_cotangents = _rows(chunks, (h, tokens, base, mean, cotangents), token_step)
+            if chunks.overlaps:  # rows met before have had their say
+                fresh = chunks.fresh(token_step).reshape(-1).astype(dtype)
+                row_cotangents = jax.tree.map(lambda x: x * fresh, row_cotangents)
+            dx, temper = pull((part, ids, row_base, row_mean, *row_cotangents), window, step)
             to_h = inner.h
             if to_h is not None:
                 old = _rows(chunks, to_h, token_step)
                 to_h = _put_rows(chunks, to_h, old + _dot(dx.astype(w.dtype), window[0], ((1, 2), (1, 2)), like=old), token_step)
             return _Sums(
                 h=to_h,
-                w=inner.w + _dot(dx.astype(h.dtype), rows[0], ((0,), (0,)), like=inner.w),
+                w=inner.w + _dot(dx.astype(h.dtype), part, ((0,), (0,)), like=inner.w),
                 bias=None if inner.bias is None else inner.bias + jnp.sum(dx, axis=0),
                 temperature=inner.temperature + temper,
             )
@@ -788,7 +789,7 @@ def _nll_fwd(
     )
     sums, log_probs = chunks.loop(body, (start, jnp.zeros_like(weights)))
     to_bias = None if bias is None or sums.bias is None else sums.bias.reshape(-1).astype(bias.dtype)
-    gradients = (sums.h.astype(h.dtype), sums.w.reshape(w.shape).astype(w.dtype), to_bias, sums.temperature)  # type: ignore[union-attr]
+    gradients = (sums.h.astype(h.dtype), sums.w.reshape(w.shape).astype(w.dtype), to_bias, sums.temperature)
     return _loss(weights, log_probs), (gradients, log_probs)
 
 

@@ -17,6 +17,7 @@ never cuts a group.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -56,6 +57,7 @@ _NEVER = -1e30  # a logit that softmax takes for no chance, and still finite
 _FAR = 2**30  # a window that hides nothing
 _FEW_TOKENS = 32  # up to so many, kernels go left in a product
 _CHUNK = 256  # queries at a time under attention="flash"
+_GROUPS, _GROUP_SIZE = 4, 128  # so many groups of queries at most, of so many queries at least, each over the keys before its end
 
 # Block parameters start with the layer axis if they are stacked, and have the layer's number in their path if they are not.
 SHARDING_RULES: sharding.Rules = (
@@ -156,7 +158,7 @@ class TransformerConfig:
       dtype: Compute dtype, "float32" or "bfloat16"; norms, softmax and rotations are computed in float32 always.
       remat: What the backward pass recomputes per block: "none", "dots" (all but the matrix products) or "full".
       scan_layers: Scan over stacked blocks: compile time does not grow with depth. False unrolls them. Same parameters, same numbers.
-      attention: "xla" forms the [t s] matrix of each head, "flash" works in chunks of queries, in memory linear in s; see `hidden`.
+      attention: "xla" takes all queries at once, "flash" 256 at a time: slower for short texts, and memory does not grow with t s.
     """
 
     vocab_size: int
@@ -485,6 +487,28 @@ def _over(config: TransformerConfig, windows: Sequence[int], query: _Side, key: 
     return part
 
 
+def _over_itself(config: TransformerConfig, windows: Sequence[int], side: _Side, *, scanned: bool) -> Callable[..., jax.Array]:
+    """Causal attention of texts over themselves: a few groups of queries, each over the keys before its end.
+
+    The backward pass makes the scores again: they are large, and on CPU to store them takes longer.
+    """
+    t = side.rank.shape[1]
+    groups = max(1, min(_GROUPS, t // _GROUP_SIZE))
+    spans = list(itertools.pairwise(t * i // groups for i in range(groups + 1)))
+    sides = [[jax.tree.map(lambda x: x[:, start:high], side) for start in (low, 0)] for low, high in spans]  # noqa: B023
+    forms = [_over(config, windows, *pair) for pair in sides]
+
+    def attention(kind: ArrayLike, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        @functools.partial(jax.checkpoint, prevent_cse=not scanned)
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            parts = [form(kind, q[:, low:high], k[:, :high], v[:, :high]) for form, (low, high) in zip(forms, spans)]
+            return jnp.concatenate([_joined([part], q.dtype) for part in parts], axis=1)
+
+        return attend(q, k, v)
+
+    return attention
+
+
 def _chunked_part(
     windows: Sequence[int], query: _Side, key: _Side, softcap: float | None, kind: ArrayLike, q: jax.Array, k: jax.Array, v: jax.Array
 ) -> _Part:
@@ -542,9 +566,13 @@ def _merge(config: TransformerConfig, name: str, params: Mapping[str, Any]) -> A
     return nnx.merge(_template(config)[0][name], nnx.State(dict(params)))
 
 
+def _scanned(config: TransformerConfig, blocks: Any) -> bool:
+    return config.scan_layers and isinstance(blocks, Mapping)
+
+
 def _through(config: TransformerConfig, blocks: Any, numbers: Sequence[int], carry: Any, layer: Callable[..., Any]) -> Any:
     """Carries `carry` through layer(carry, block parameters, kind, number of the layer): by scan, or unrolled where the numbers are ints."""
-    if isinstance(blocks, Mapping) and config.scan_layers:
+    if _scanned(config, blocks):
         xs = (dict(blocks), jnp.asarray(numbers, jnp.int32), jnp.arange(config.depth, dtype=jnp.int32))
         return jax.lax.scan(lambda carry, xs: (layer(carry, *xs), None), carry, xs)[0]
     for i, kind in enumerate(numbers):
@@ -624,18 +652,19 @@ def _hidden(
         positions = index if segment_ids is None else _segment_positions(segment_ids)
     rope = _rope(config, kinds, positions)
     side = _Side(index, positions, segment_ids)
-    part = _over(config, [kind.window for kind in kinds], side, side)
+    scanned = _scanned(config, params["blocks"])
+    attention = _over_itself(config, [kind.window for kind in kinds], side, scanned=scanned)
 
     def layer(x: jax.Array, params: Any, kind: ArrayLike, _: ArrayLike) -> jax.Array:
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-            return _joined([part(kind, q, k, v)], q.dtype), None
+            return attention(kind, q, k, v), None
 
         x = sharding.constrain_batch(x)  # keep the batch in place, so that fully sharded weights are gathered and not the activations
         return _merge(config, "block", params)(x, None if rope is None else _pick(rope, kind), attend)[0]
 
     if config.remat != "none":
-        static = () if config.scan_layers and isinstance(params["blocks"], Mapping) else (2, 3)
-        layer = jax.checkpoint(layer, policy=_layers.REMAT_POLICIES[config.remat], prevent_cse=bool(static), static_argnums=static)
+        static = () if scanned else (2, 3)
+        layer = jax.checkpoint(layer, policy=_layers.REMAT_POLICIES[config.remat], prevent_cse=not scanned, static_argnums=static)
     x = sharding.constrain_batch(_merge(config, "embed", params["embed"])(tokens, positions))
     return _merge(config, "norm", params["norm"])(_through(config, params["blocks"], numbers, x, layer))
 

@@ -1,7 +1,6 @@
 """Fused log-probabilities: values and gradients of float64 NumPy, on meshes, in little memory."""
 
 import functools
-import itertools
 import math
 import re
 
@@ -73,19 +72,17 @@ def test_finite_differences(kind, x64):
     check_grads(value, (h, w, bias, 0.8, c), order=1, modes=("rev",), rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("n", "v", "chunk", "tokens_at_once"), itertools.product((1, 5), (1, 2, 17, 16 * 130), (1, 130, 10**6), (1, 3, 10**6))
-)
+@pytest.mark.parametrize(("n", "tokens_at_once"), [(1, 1), (5, 1), (5, 3), (5, 10**6)])
+@pytest.mark.parametrize(("v", "chunk"), [(1, 1), (2, 1), (17, 1), (17, 5), (301, 130), (2080, 130), (2080, 700)])
 def test_all_shapes(n, v, chunk, tokens_at_once):
     """The chunks cover every token of every vocabulary once, whatever divides what."""
     for size, target, groups, multiple in ((v, min(chunk, v), 16, 128), (n, min(tokens_at_once, n), 256, 1)):
         chunks = fused._Chunks.of(size, target, groups, multiple)
         seen = np.concatenate([np.asarray(chunks.ids(i))[np.asarray(chunks.fresh(i))] for i in range(chunks.count)])
         np.testing.assert_array_equal(np.sort(seen), np.arange(size))
-    if chunk != 1 or v < 20:
-        h, w, bias, tokens, _ = problem(n=n, v=v, d=2, dtype=np.float32, forbid=())
-        got = jax.jit(functools.partial(fused.token_log_probs, vocab_chunk=chunk, token_chunk=tokens_at_once))(h, w, tokens, bias=bias)
-        np.testing.assert_allclose(got, reference.naive(h, w, tokens, bias=bias)[0], atol=2e-6)
+    h, w, bias, tokens, _ = problem(n=n, v=v, d=2, dtype=np.float32, forbid=())
+    got = jax.jit(functools.partial(fused.token_log_probs, vocab_chunk=chunk, token_chunk=tokens_at_once))(h, w, tokens, bias=bias)
+    np.testing.assert_allclose(got, reference.naive(h, w, tokens, bias=bias)[0], atol=2e-6)
 
 
 def test_leading_axes_vmap_and_one_vector(x64):
@@ -126,7 +123,7 @@ def test_impossible_tokens(kind):
     odd = tokens.copy()
     odd[[1, 4, 7]] = [3, -100, 300]  # forbidden, padding, past the end
     np.testing.assert_array_equal(np.isneginf(fused.token_log_probs(h, w, odd, bias=bias)), np.isin(np.arange(13), (1, 4, 7)))
-    value = jax.value_and_grad(loss(kind, vocab_chunk=64), argnums=(0, 1, 2))
+    value = jax.jit(jax.value_and_grad(loss(kind, vocab_chunk=64), argnums=(0, 1, 2)))
     silent = np.where(np.isin(np.arange(13), (1, 4, 7)), 0, c).astype(np.float32)
     chex.assert_trees_all_close(value(h, w, bias, 1.0, silent, odd), value(h, w, bias, 1.0, silent, tokens), rtol=1e-6, atol=1e-6)
     total, gradients = value(h, w, bias, 1.0, np.ones(13, np.float32), odd)
@@ -140,7 +137,7 @@ def test_everything_forbidden():
     out = fused.statistics(h, w, tokens, bias=bias, softcap=2.0)
     assert np.all(np.isneginf(out.log_probs)) and np.all(np.isneginf(out.logsumexp)) and np.all(out.entropy == 0)
     for kind in ("token_log_probs", "entropy", "weighted_nll"):
-        gradients = jax.grad(loss(kind), argnums=(0, 1))(h, w, bias, 1.0, c, tokens)
+        gradients = jax.jit(jax.grad(loss(kind), argnums=(0, 1)))(h, w, bias, 1.0, c, tokens)
         assert all(np.all(x == 0) for x in gradients)
 
 

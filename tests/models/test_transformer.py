@@ -121,14 +121,17 @@ def test_padding_and_packing_change_nothing(family, attention, monkeypatch):
             np.testing.assert_allclose(logits[row][segments[row] == name], expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(2, 7), (3, 21)])
-def test_chunks_of_queries_change_nothing(params, shape, monkeypatch):
-    monkeypatch.setattr(transformer, "_CHUNK", 8)
-    tokens = _tokens(*shape)
-    flash = dataclasses.replace(RICH, attention="flash")
-    expected, actual = (_value_and_grad(config, params, tokens) for config in (RICH, flash))
-    np.testing.assert_allclose(actual[0], expected[0], rtol=1e-6)
-    chex.assert_trees_all_close(actual[1], expected[1], atol=1e-6)
+@pytest.mark.parametrize("attention", ["xla", "flash"])
+def test_groups_and_chunks_of_queries_change_nothing(params, attention, monkeypatch):
+    tokens, ids = _tokens(2, 21), np.array([[0] * 3 + [1] * 9 + [2] * 9, [1] * 17 + [0] * 4])
+    expected = _value_and_grad(RICH, params, tokens, ids)
+    monkeypatch.setattr(transformer, "_GROUP_SIZE", 10 if attention == "flash" else 5)
+    monkeypatch.setattr(transformer, "_CHUNK", 4)
+    for config in (RICH, dataclasses.replace(RICH, scan_layers=False)):
+        config = dataclasses.replace(config, attention=attention)
+        actual = jax.jit(jax.value_and_grad(functools.partial(_loss, config)))(params, tokens, ids)
+        np.testing.assert_allclose(actual[0], expected[0], rtol=1e-6)
+        chex.assert_trees_all_close(actual[1], expected[1], atol=1e-6)
 
 
 def test_a_long_text_needs_no_matrix_of_attention():
