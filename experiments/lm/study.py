@@ -138,7 +138,7 @@ def prepare(config: Config, session: Session, tokenizer: Any = None) -> Corpus:
       tokenizer: The loaded model's tokenizer (transformers); None trains one.
     """
     path, vocabulary = session.workdir / "text" / "rows.npz", session.workdir / "text" / "tokenizer.json"
-    own: Any = None
+    own: Any = tokenizer
     if not path.exists():
         arrays, own = _read(config, session, tokenizer)
         if session.is_main:
