@@ -138,7 +138,7 @@ def prepare(config: Config, session: Session, tokenizer: Any = None) -> Corpus:
       tokenizer: The loaded model's tokenizer (transformers); None trains one.
     """
     path, vocabulary = session.workdir / "text" / "rows.npz", session.workdir / "text" / "tokenizer.json"
-    own: Any = tokenizer
+    own: Any = None
     if not path.exists():
         arrays, own = _read(config, session, tokenizer)
         if session.is_main:
@@ -159,6 +159,7 @@ def prepare(config: Config, session: Session, tokenizer: Any = None) -> Corpus:
     size, squeezed, end = (int(x) for x in arrays["numbers"])
     mark = str(arrays["fingerprint"])
     if tokenizer is None:
+        assert own is not None, "trained above, or read from the run directory"
         return Corpus(parts["train"], parts["held_out"], size, squeezed, own.decode, end, own.get_vocab_size(), mark)
     return Corpus(parts["train"], parts["held_out"], size, squeezed, tokenizer.decode, end, len(tokenizer), mark)
 
