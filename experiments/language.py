@@ -136,6 +136,7 @@ class Engine:
         self.params = transformer.unstack_layers(model.params) if jax.default_backend() == "cpu" else model.params
         self.tokenizer: Any = model.tokenizer
         self.stop_tokens = list(model.stop_tokens)
+        self._score = jax.jit(functools.partial(_scores, self.config))
         self._init, self._advance = None, None
 
     def encode(self, text: str) -> list[int]:
@@ -169,7 +170,7 @@ class Engine:
         from janax.jaxlib_ext import sampling
         from janax.models import transformer
 
-        padded = np.zeros((1, -(-len(tokens) // _BUCKET) * _BUCKET), np.int32)
+        padded = np.zeros((1, _padded(len(tokens))), np.int32)
         padded[0, : len(tokens)] = tokens
         if self._init is None:
             begin = functools.partial(sampling.init, transformer.decode_fn(self.config), stop_tokens=self.stop_tokens)
@@ -183,6 +184,26 @@ class Engine:
         return self._init(
             self.params, key, cache, padded, lengths, sampling=params, max_new_tokens=options.max_tokens, num_samples=num_samples
         )
+
+    def score(self, context: Sequence[int], targets: Sequence[Sequence[int]]) -> list[float]:
+        """log P(target | context) of every target, in nats; the context is read once and shared."""
+        import numpy as np
+
+        longest = max(map(len, targets))
+        if len(context) + longest > self.config.max_length:
+            raise UserError(
+                f"context and target have {len(context) + longest} tokens, and this model was made for {self.config.max_length}; shorten them"
+            )
+        *before, last = context
+        prefix = np.zeros((1, _padded(max(len(before), 1))), np.int32)
+        prefix[0, : len(before)] = before
+        shape = (len(targets), _padded(longest))
+        tokens, wanted, weights = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+        for row, target in enumerate(targets):
+            tokens[row, : len(target)] = [last, *target[:-1]]
+            wanted[row, : len(target)], weights[row, : len(target)] = target, 1
+        sums = self._score(self.params, prefix, np.array([len(before)], np.int32), tokens, wanted, weights)
+        return np.asarray(sums).tolist()
 
     def stream(self, options: _Sampling, state: Any) -> Iterator[Any]:
         """The state after every few tokens, until all rows are done."""
@@ -199,6 +220,22 @@ class Engine:
         text = self.decode(np.asarray(state.tokens)[row, : int(state.num_tokens[row])].tolist())
         cuts = [text.index(string) for string in stop if string in text]
         return text[: min(cuts)] if cuts else text
+
+
+def _padded(count: int) -> int:
+    return -(-count // _BUCKET) * _BUCKET
+
+
+def _scores(config: Any, params: Any, prefix_tokens: Any, prefix_length: Any, tokens: Any, targets: Any, weights: Any) -> Any:
+    """[b] sums over the rows of `targets`, each predicted by the row of `tokens` behind the one prefix."""
+    from janax.jaxlib_ext import fused, sampling
+    from janax.models import transformer
+
+    _, prefix = transformer.extend(config, params, transformer.init_cache(config, *prefix_tokens.shape), prefix_tokens, prefix_length)
+    own = sampling.branch(prefix, num_branches=tokens.shape[0], capacity=tokens.shape[1])
+    h, _ = transformer.extend(config, params, own, tokens, prefix=prefix)
+    values = fused.token_log_probs(h, transformer.unembed(config, params), targets, softcap=config.final_softcap)
+    return (values * weights).sum(axis=1)
 
 
 def _print_stream(engine: Engine, options: _Sampling, state: Any, write: Callable[[str], None]) -> tuple[Any, str]:
@@ -218,7 +255,7 @@ def _print_stream(engine: Engine, options: _Sampling, state: Any, write: Callabl
 
 def _capacity(engine: Engine, wanted: int) -> int:
     limit = engine.config.max_length
-    capacity = -(-wanted // _BUCKET) * _BUCKET
+    capacity = _padded(wanted)
     if capacity > limit and wanted > limit:
         raise UserError(f"prompt and answer need {wanted} tokens, and this model was made for {limit}; shorten the prompt or --max-tokens")
     return min(capacity, limit) if engine.config.positions == "learned" else capacity
@@ -232,7 +269,7 @@ def generate(options: GenerateOptions) -> None:
     engine = Engine(options.model, options.dtype)
     tokens = engine.messages([{"role": "user", "content": prompt}]) if options.chat else engine.encode(prompt)
     tokens = tokens or engine.beginning()
-    padded = -(-len(tokens) // _BUCKET) * _BUCKET
+    padded = _padded(len(tokens))
     several = options.num_samples > 1
     cache = transformer.init_cache(engine.config, 1, _capacity(engine, padded + (0 if several else options.max_tokens)))
     state = engine.start(options, cache, tokens, options.num_samples, 0)
@@ -272,7 +309,7 @@ def chat(options: ChatOptions) -> None:
         same = next((i for i, (a, b) in enumerate(zip(held, tokens)) if a != b), min(len(held), len(tokens)))
         same = min(same, len(tokens) - 1)  # something has to be read
         fresh = tokens[same:]
-        room = capacity - same - -(-len(fresh) // _BUCKET) * _BUCKET
+        room = capacity - same - _padded(len(fresh))
         if room < options.max_tokens:
             raise UserError(f"the conversation has outgrown --context {options.context}; start anew or give a larger one")
         cache = cache._replace(length=cache.length.at[0].set(same))
@@ -298,7 +335,8 @@ def score(options: ScoreOptions) -> None:
         for index, target in zip(indices, targets):
             if not target:
                 raise UserError(f"target {pairs[index][1]!r} has no tokens; give a text that is not empty")
-        scores.update(zip(indices, _score_group(engine, engine.encode(context) or engine.beginning(), targets)))
+        sums = engine.score(engine.encode(context) or engine.beginning(), targets)
+        scores.update(zip(indices, zip(sums, map(len, targets))))
     for index, (context, target) in enumerate(pairs):
         total, count = scores[index]
         record = {"context": context, "target": target, "sum": total, "mean": total / count, "tokens": count}
@@ -326,41 +364,3 @@ def _pairs(file: Path) -> list[tuple[str, str]]:
     if not pairs:
         raise UserError(f"--file {file} has no lines to score")
     return pairs
-
-
-def _score_group(engine: Engine, context: list[int], targets: list[list[int]]) -> list[tuple[float, int]]:
-    """(sum, number of tokens) of every target after one context, which is read once and shared."""
-    import jax
-    import numpy as np
-
-    from janax.jaxlib_ext import fused, sampling
-    from janax.models import transformer
-
-    config = engine.config
-    longest = max(map(len, targets))
-    if len(context) + longest > config.max_length:
-        raise UserError(
-            f"context and target have {len(context) + longest} tokens, and this model was made for {config.max_length}; shorten them"
-        )
-
-    @functools.partial(jax.jit, static_argnames="count")
-    def run(params: Any, prefix_tokens: Any, prefix_length: Any, tokens: Any, targets: Any, weights: Any, *, count: int) -> Any:
-        cache = transformer.init_cache(config, 1, prefix_tokens.shape[1])
-        # The last token of the context goes with the targets: their first token is predicted behind it.
-        _, prefix = transformer.extend(config, params, cache, prefix_tokens, prefix_length)
-        own = sampling.branch(prefix, num_branches=count, capacity=tokens.shape[1])
-        h, _ = transformer.extend(config, params, own, tokens, prefix=prefix)
-        values = fused.token_log_probs(h, transformer.unembed(config, params), targets, softcap=config.final_softcap)
-        return (values * weights).sum(axis=1)
-
-    *before, last = context
-    bucket = lambda n: max(-(-n // _BUCKET) * _BUCKET, _BUCKET)  # noqa: E731
-    prefix_tokens = np.zeros((1, bucket(len(before))), np.int32)
-    prefix_tokens[0, : len(before)] = before
-    shape = (len(targets), bucket(longest))
-    tokens, wanted, weights = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-    for row, target in enumerate(targets):
-        tokens[row, : len(target)] = [last, *target[:-1]]
-        wanted[row, : len(target)], weights[row, : len(target)] = target, 1
-    sums = run(engine.params, prefix_tokens, np.array([len(before)], np.int32), tokens, wanted, weights, count=len(targets))
-    return [(float(total), len(target)) for total, target in zip(sums, targets)]

@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 
 from janax.jaxlib_ext import checks, fused
 
-__all__ = ["Packed", "Scores", "pack", "score_tokens", "unpack"]
+__all__ = ["Packed", "Scores", "fit_rows", "pack", "score_tokens", "unpack"]
 
 
 class Scores(NamedTuple):
@@ -176,7 +176,7 @@ def pack(
     multiple: int = 64,
     row_multiple: int = 1,
 ) -> Packed:
-    """Packs pairs into rows, longest first, each into the first row with room (first-fit decreasing). Host only.
+    """Packs pairs into rows, see `fit_rows`. Host only.
 
     Few shapes come out, so little is compiled: rows are as long as the fullest of them needs, at most `row_length`, and always a multiple of
     `multiple`.
@@ -209,19 +209,11 @@ def pack(
         longest = int(np.argmax(length))
         raise ValueError(f"pack: pair {longest} has {length[longest]} tokens, expected at most {limit}, from 'row_length' = {row_length}")
 
-    row, segment, start = (np.zeros(len(pairs), np.int32) for _ in range(3))
-    used: list[int] = []
-    members: list[int] = []
-    for i in np.argsort(-length, kind="stable"):
-        place = next((j for j, taken in enumerate(used) if taken + length[i] <= limit), len(used))
-        if place == len(used):
-            used.append(0)
-            members.append(0)
-        members[place] += 1
-        row[i], segment[i], start[i] = place, members[place], used[place]
-        used[place] += int(length[i])
+    row, segment, start = fit_rows(length, limit)
+    used = np.zeros(row.max() + 1, np.int32)
+    np.maximum.at(used, row, start + length)
 
-    shape = (_round_up(len(used), row_multiple), _round_up(max(used), multiple))
+    shape = (_round_up(len(used), row_multiple), _round_up(int(used.max()), multiple))
     tokens, segment_ids, positions, mask = (np.zeros(shape, np.int32) for _ in range(4))
     for i, pair in enumerate(pairs):
         here = (row[i], slice(start[i], start[i] + length[i]))
@@ -230,6 +222,39 @@ def pack(
         positions[here] = np.arange(length[i])
         mask[row[i], start[i] + context_length[i] : start[i] + length[i]] = 1
     return Packed(tokens, segment_ids, positions, mask, row, segment, start, context_length, length)
+
+
+def fit_rows(lengths: ArrayLike, row_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Places pieces in rows, longest first, each in the fullest row that has room for it (best-fit decreasing). Host only.
+
+    Args:
+      lengths: [p] tokens of each piece, none longer than a row.
+      row_length: Tokens of a row.
+
+    Returns:
+      (row, segment, start), each [p] int32: the row of each piece, its number there counted from 1, and its first column.
+
+    Raises:
+      ValueError: if a piece is longer than a row.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    if lengths.size and lengths.max() > row_length:
+        raise ValueError(f"fit_rows: 'lengths' has {lengths.max()}, expected at most 'row_length' = {row_length}")
+    row, segment, start = (np.zeros(len(lengths), np.int32) for _ in range(3))
+    members: list[int] = []
+    with_room: list[list[int]] = [[] for _ in range(row_length + 1)]  # the rows that have so many tokens of room left
+    for i in np.argsort(-lengths, kind="stable"):
+        length = int(lengths[i])
+        room = next((room for room in range(length, row_length + 1) if with_room[room]), None)
+        if room is None:
+            members.append(0)
+            row[i], room = len(members) - 1, row_length
+        else:
+            row[i] = with_room[room].pop()
+        members[row[i]] += 1
+        segment[i], start[i] = members[row[i]], row_length - room
+        with_room[room - length].append(int(row[i]))
+    return row, segment, start
 
 
 def unpack(packed: Packed, scores: Scores) -> Scores:

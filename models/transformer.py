@@ -17,7 +17,6 @@ never cuts a group.
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -30,7 +29,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from janax.jaxlib_ext import checks, dtypes, sharding
 from janax.jaxlib_ext.sampling import Cache
-from janax.models import _layers
+from janax.models import _attention, _layers
 
 __all__ = [
     "CACHE_RULES",
@@ -53,11 +52,7 @@ __all__ = [
     "unstack_layers",
 ]
 
-_NEVER = -1e30  # a logit that softmax takes for no chance, and still finite
-_FAR = 2**30  # a window that hides nothing
 _FEW_TOKENS = 32  # up to so many, kernels go left in a product
-_CHUNK = 256  # queries at a time under attention="flash"
-_GROUPS, _GROUP_SIZE = 4, 128  # so many groups of queries at most, of so many queries at least, each over the keys before its end
 
 # Block parameters start with the layer axis if they are stacked, and have the layer's number in their path if they are not.
 SHARDING_RULES: sharding.Rules = (
@@ -249,7 +244,7 @@ def _kinds(config: TransformerConfig) -> tuple[list[_Kind], list[int]]:
     local = config.rope_local_theta is not None
     kinds = {
         slides: _Kind(
-            config.window if slides and config.window is not None else _FAR,
+            config.window if slides and config.window is not None else _attention.FAR,
             config.rope_local_theta if slides and config.rope_local_theta is not None else config.rope_theta,
             None if slides and local else config.rope_scaling,
         )
@@ -315,7 +310,7 @@ class _Block(nnx.Module):
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if rope is not None:
-            q, k = _rotate(q, rope), _rotate(k, rope)
+            q, k = _layers.rotate(q, rope), _layers.rotate(k, rope)
         scale = config.head_width**-0.5 if config.query_scale is None else config.query_scale
         y, carried = attend(q if scale == 1 else q * jnp.asarray(scale, q.dtype), k[..., 0, :], v)
         y = self.out(y)
@@ -406,146 +401,11 @@ def _rope(config: TransformerConfig, kinds: Sequence[_Kind], positions: jax.Arra
     return jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1)
 
 
-def _rotate(x: jax.Array, rope: jax.Array) -> jax.Array:
-    """Turns the pairs (i, i + h/2) of x [b t kv g h] by the angles of rope [2 b t h/2]."""
-    cos, sin = (r[:, :, None, None, :] for r in rope)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-def _segment_positions(segment_ids: jax.Array) -> jax.Array:
-    """[b t] index of every token within its run of equal ids."""
-    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
-    starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
-
-
-# Attention.
-
-
-class _Side(NamedTuple):
-    """What decides who sees whom, for queries or keys [b or 1, t]: order, place in the text, and text (None if there is one only)."""
-
-    rank: jax.Array
-    position: jax.Array
-    segment: jax.Array | None = None
-
-
-class _Part(NamedTuple):
-    """Attention over some of the keys: sum of exp(score - peak) v [b t kv g h], the peak [b t kv g] and the sum of the exponentials."""
-
-    values: jax.Array
-    peak: jax.Array
-    total: jax.Array
-
-
-def _visible(query: _Side, key: _Side, window: ArrayLike) -> jax.Array:
-    """[b or 1, t, s] whether a query sees a key: not a later one, nor one of another text, nor one outside the window."""
-    (later, place, text), (earlier, source, other) = query, key
-    seen = (earlier[:, None, :] <= later[:, :, None]) & (place[:, :, None] - source[:, None, :] < window)
-    return seen if text is None or other is None else seen & (text[:, :, None] == other[:, None, :])
-
-
-def _dot_part(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, softcap: float | None) -> _Part:
-    """q [b t kv g h], k and v [b s kv h], mask [b or 1, t, s]."""
-    q, k, v = q.transpose(0, 2, 3, 1, 4), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # heads before tokens: faster on CPU
-    scores = _capped(jnp.einsum("bkgth,bksh->bkgts", q, k.astype(q.dtype), preferred_element_type=jnp.float32), softcap)
-    scores = jnp.where(mask[:, None, None], scores, _NEVER)
-    peak = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    weights = jnp.exp(scores - peak)
-    values = jnp.einsum("bkgts,bksh->bkgth", weights.astype(q.dtype), v.astype(q.dtype), preferred_element_type=jnp.float32)
-    return _Part(*(jnp.moveaxis(x, 3, 1) for x in (values, peak[..., 0], jnp.sum(weights, axis=-1))))
-
-
-def _reduce_part(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, softcap: float | None) -> _Part:
-    """The same for one query (t = 1) as plain sums, which read keys and values where they are: on CPU, the products would copy them first."""
-    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-    scores = jnp.where(mask[:, 0, :, None, None], _capped(jnp.sum(q * k[:, :, :, None], axis=-1), softcap), _NEVER)  # [b s kv g]
-    peak = jax.lax.stop_gradient(jnp.max(scores, axis=1, keepdims=True))
-    weights = jnp.exp(scores - peak)
-    return _Part(jnp.sum(weights[..., None] * v[:, :, :, None], axis=1, keepdims=True), peak, jnp.sum(weights, axis=1, keepdims=True))
-
-
-def _capped(x: jax.Array, softcap: float | None) -> jax.Array:
-    return x if softcap is None else softcap * jnp.tanh(x / softcap)
-
-
-def _over(config: TransformerConfig, windows: Sequence[int], query: _Side, key: _Side) -> Callable[..., _Part]:
-    """Attention of these queries over these keys as a function of the layer's kind and of q, k and v; the masks are made here, once."""
-    softcap, t = config.attention_softcap, query.rank.shape[1]
-    if config.attention == "flash" and t > _CHUNK:
-        return functools.partial(_chunked_part, windows, query, key, softcap)
-    masks = jnp.stack([_visible(query, key, window) for window in windows])
-
-    def part(kind: ArrayLike, q: jax.Array, k: jax.Array, v: jax.Array) -> _Part:
-        args = (q, k, v, _pick(masks, kind))
-        if t > 1:
-            return _dot_part(*args, softcap)
-        dot, reduce = (functools.partial(form, softcap=softcap) for form in (_dot_part, _reduce_part))
-        return jax.lax.platform_dependent(*args, cpu=reduce, default=dot)
-
-    return part
-
-
-def _over_itself(config: TransformerConfig, windows: Sequence[int], side: _Side, *, scanned: bool) -> Callable[..., jax.Array]:
-    """Causal attention of texts over themselves: a few groups of queries, each over the keys before its end.
-
-    The backward pass makes the scores again: they are large, and on CPU to store them takes longer.
-    """
-    t = side.rank.shape[1]
-    groups = max(1, min(_GROUPS, t // _GROUP_SIZE))
-    spans = list(itertools.pairwise(t * i // groups for i in range(groups + 1)))
-    sides = [[jax.tree.map(lambda x: x[:, start:high], side) for start in (low, 0)] for low, high in spans]  # noqa: B023
-    forms = [_over(config, windows, *pair) for pair in sides]
-
-    def attention(kind: ArrayLike, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        @functools.partial(jax.checkpoint, prevent_cse=not scanned)
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            parts = [form(kind, q[:, low:high], k[:, :high], v[:, :high]) for form, (low, high) in zip(forms, spans)]
-            return jnp.concatenate([_joined([part], q.dtype) for part in parts], axis=1)
-
-        return attend(q, k, v)
-
-    return attention
-
-
-def _chunked_part(
-    windows: Sequence[int], query: _Side, key: _Side, softcap: float | None, kind: ArrayLike, q: jax.Array, k: jax.Array, v: jax.Array
-) -> _Part:
-    """`_dot_part` for a few queries at a time, masks included, which the backward pass makes again: memory grows as s, not as t s."""
-    window, t = _pick(jnp.asarray(windows), kind), q.shape[1]
-    chunks = -(-t // _CHUNK)
-
-    def split(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), (0, chunks * _CHUNK - t), *((0, 0),) * (x.ndim - 2)))
-        return jnp.moveaxis(x.reshape(x.shape[0], chunks, _CHUNK, *x.shape[2:]), 1, 0)
-
-    def join(x: jax.Array) -> jax.Array:
-        x = jnp.moveaxis(x, 0, 1)
-        return x.reshape(x.shape[0], chunks * _CHUNK, *x.shape[3:])[:, :t]
-
-    @jax.checkpoint
-    def one(xs: tuple[jax.Array, _Side]) -> _Part:
-        return _dot_part(xs[0], k, v, _visible(xs[1], key, window), softcap)
-
-    return jax.tree.map(join, jax.lax.map(one, jax.tree.map(split, (q, query))))
-
-
-def _joined(parts: Sequence[_Part], dtype: DTypeLike) -> jax.Array:
-    """One softmax over the keys of all parts, [b t kv g h]."""
-    peak = functools.reduce(jnp.maximum, (part.peak for part in parts))
-    shares = [jnp.exp(part.peak - peak) for part in parts] if len(parts) > 1 else [jnp.ones_like(peak)]
-    values = sum(part.values * share[..., None] for part, share in zip(parts, shares))
-    total = sum(part.total * share for part, share in zip(parts, shares))
-    return (values / jnp.asarray(total)[..., None]).astype(dtype)
-
-
-def _pick(stack: jax.Array, kind: ArrayLike) -> jax.Array:
-    """Entry `kind` of a stack; a stack of one has no choice, and a number known to Python is a plain slice."""
-    return stack[0] if len(stack) == 1 else stack[kind] if isinstance(kind, int) else jax.lax.dynamic_index_in_dim(stack, kind, 0, False)
-
-
 # Layers.
+
+
+def _form(config: TransformerConfig) -> _attention.Form:
+    return _attention.Form(softcap=config.attention_softcap, chunked=config.attention == "flash")
 
 
 @functools.lru_cache(maxsize=32)
@@ -638,7 +498,7 @@ def hidden(
     Raises:
       ValueError: on wrong shapes, or if `params` does not belong to the config.
     """
-    arrays = _check_tokens("transformer.hidden", tokens, segment_ids=segment_ids, positions=positions)
+    arrays = _layers.check_tokens("transformer.hidden", tokens, segment_ids=segment_ids, positions=positions)
     check_params("transformer.hidden", config, params)
     return _layers.placed(functools.partial(_hidden, config), lambda spec: jax.P(*spec(arrays[0]), None), params, *arrays)
 
@@ -649,18 +509,18 @@ def _hidden(
     kinds, numbers = _kinds(config)
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     if positions is None:
-        positions = index if segment_ids is None else _segment_positions(segment_ids)
+        positions = index if segment_ids is None else _layers.segment_positions(segment_ids)
     rope = _rope(config, kinds, positions)
-    side = _Side(index, positions, segment_ids)
+    side = _attention.Side(index, positions, segment_ids)
     scanned = _scanned(config, params["blocks"])
-    attention = _over_itself(config, [kind.window for kind in kinds], side, scanned=scanned)
+    attention = _attention.over_itself(_form(config), [kind.window for kind in kinds], side, scanned=scanned)
 
     def layer(x: jax.Array, params: Any, kind: ArrayLike, _: ArrayLike) -> jax.Array:
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
             return attention(kind, q, k, v), None
 
         x = sharding.constrain_batch(x)  # keep the batch in place, so that fully sharded weights are gathered and not the activations
-        return _merge(config, "block", params)(x, None if rope is None else _pick(rope, kind), attend)[0]
+        return _merge(config, "block", params)(x, None if rope is None else _attention.pick(rope, kind), attend)[0]
 
     if config.remat != "none":
         static = () if scanned else (2, 3)
@@ -679,7 +539,7 @@ def _unembedding(config: TransformerConfig, params: Mapping[str, Any]) -> jax.Ar
 
 
 def _to_logits(config: TransformerConfig, params: Mapping[str, Any], h: jax.Array) -> jax.Array:
-    return _capped(_product(h, _unembedding(config, params), jnp.float32), config.final_softcap)
+    return _attention.capped(_product(h, _unembedding(config, params), jnp.float32), config.final_softcap)
 
 
 def logits(
@@ -690,7 +550,7 @@ def logits(
     positions: ArrayLike | None = None,
 ) -> jax.Array:
     """[b t v] logits of every next token, float32, soft-capped if the network does that; arguments as in `hidden`."""
-    arrays = _check_tokens("transformer.logits", tokens, segment_ids=segment_ids, positions=positions)
+    arrays = _layers.check_tokens("transformer.logits", tokens, segment_ids=segment_ids, positions=positions)
     check_params("transformer.logits", config, params)
 
     def call(params: Mapping[str, Any], *arrays: Any) -> jax.Array:
@@ -760,7 +620,7 @@ def _extend(
     *,
     last: bool,
 ) -> tuple[jax.Array, Cache]:
-    (rows,) = _check_tokens(function, tokens)
+    (rows,) = _layers.check_tokens(function, tokens)
     b, t = rows.shape
     size = {"l": config.depth, "kv": config.kv_heads, "h": config.head_width}
     for name, one in (("cache", cache), ("prefix", prefix)):
@@ -795,14 +655,14 @@ def _appended(
     (b, t), capacity, windows = tokens.shape, cache.k.shape[2], [kind.window for kind in kinds]
     places = cache.length[:, None] + jnp.arange(t, dtype=jnp.int32)[None]  # in the cache
     slots = jnp.arange(capacity, dtype=jnp.int32)[None]
-    own = _over(config, windows, _Side(places, places), _Side(slots, slots))
+    own = _attention.over(_form(config), windows, _attention.Side(places, places), _attention.Side(slots, slots))
     positions, shared = places, None
     if prefix is not None:
         g, slots = prefix.length.shape[0], jnp.arange(prefix.k.shape[2], dtype=jnp.int32)[None]
         positions = places + jnp.repeat(prefix.length, b // g, total_repeat_length=b)[:, None]
         folded = positions.reshape(g, -1)
         valid = jnp.where(slots < prefix.length[:, None], 0, 1)
-        shared = _over(config, windows, _Side(jnp.zeros_like(folded), folded), _Side(valid, slots))
+        shared = _attention.over(_form(config), windows, _attention.Side(jnp.zeros_like(folded), folded), _attention.Side(valid, slots))
     rope = _rope(config, kinds, positions)
 
     def layer(carry: tuple[jax.Array, jax.Array, jax.Array], params: Any, kind: ArrayLike, number: ArrayLike) -> Any:
@@ -810,15 +670,15 @@ def _appended(
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             written = (_write(keys, number, k, cache.length, count), _write(values, number, v, cache.length, count))
-            parts = [own(kind, q, *(_pick(cached, number) for cached in written))]
+            parts = [own(kind, q, *(_attention.pick(cached, number) for cached in written))]
             if prefix is not None and shared is not None:
                 g = prefix.length.shape[0]
-                part = shared(kind, q.reshape(g, -1, *q.shape[2:]), *(_pick(cached, number) for cached in prefix[:2]))
-                parts.append(_Part(*(x.reshape(b, t, *x.shape[2:]) for x in part)))
-            return _joined(parts, q.dtype), written
+                part = shared(kind, q.reshape(g, -1, *q.shape[2:]), *(_attention.pick(cached, number) for cached in prefix[:2]))
+                parts.append(_attention.Part(*(x.reshape(b, t, *x.shape[2:]) for x in part)))
+            return _attention.joined(parts, q.dtype), written
 
         x = sharding.constrain_batch(x)
-        x, (keys, values) = _merge(config, "block", params)(x, None if rope is None else _pick(rope, kind), attend)
+        x, (keys, values) = _merge(config, "block", params)(x, None if rope is None else _attention.pick(rope, kind), attend)
         return x, keys, values
 
     x = sharding.constrain_batch(_merge(config, "embed", params["embed"])(tokens, positions))
@@ -835,7 +695,7 @@ def _write(cached: jax.Array, number: ArrayLike, new: jax.Array, start: jax.Arra
     source = jnp.arange(capacity, dtype=jnp.int32)[None] - start[:, None]
     moved = jax.vmap(lambda rows, index: rows.at[index].get(mode="clip"))(new, source)
     inside = (source >= 0) & (source < count[:, None])
-    layer = jnp.where(inside[..., None, None], moved, _pick(cached, number))
+    layer = jnp.where(inside[..., None, None], moved, _attention.pick(cached, number))
     return jax.lax.dynamic_update_index_in_dim(cached, layer, number, 0)
 
 
@@ -883,13 +743,3 @@ def check_params(function: str, config: TransformerConfig, params: Mapping[str, 
         raise ValueError(f"{function}: 'blocks' has {len(blocks)} layers, expected {config.depth}")
     expected = {**nnx.to_pure_dict(whole), "blocks": (block,) * config.depth}
     _layers.check_params(function, expected, params)
-
-
-def _check_tokens(function: str, tokens: ArrayLike, **others: ArrayLike | None) -> tuple[Any, ...]:
-    """As arrays, once they are known to be [b t] integers."""
-    arrays = {name: None if x is None else jnp.asarray(x) for name, x in {"tokens": tokens, **others}.items()}
-    checks.check_shapes(function, **{name: (x, "b t") for name, x in arrays.items()})
-    for name, x in arrays.items():
-        if x is not None and not jnp.issubdtype(x.dtype, jnp.integer):
-            raise ValueError(f"{function}: {name!r} has dtype {x.dtype}, expected integers")
-    return tuple(arrays.values())

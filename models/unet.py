@@ -177,6 +177,7 @@ class _Attention(nnx.Module):
         head = (config.heads, channels // config.heads)
         self.norm = _GroupNorm(channels, config.groups)
         self.qkv = Linear((channels,), (3, *head), key_qkv)
+        self.qkv.kernel[...] *= math.sqrt(0.2)  # as EDM draws them
         self.projection = Linear(head, (channels,), key_projection, _SMALL)
 
     def __call__(self, x: jax.Array) -> jax.Array:

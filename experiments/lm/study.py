@@ -203,26 +203,32 @@ def _documents(config: Config, tokenizer: Any) -> tuple[list[text.Document], lis
 def _render(tokenizer: Any, messages: list[dict[str, str]]) -> text.Document:
     """A chat in the model's template; what the assistant says is trained on, with the end of its turn."""
     pieces, trained, before = [], [], ""
+
+    def add(now: str, *, counts: bool) -> None:
+        nonlocal before
+        if not now.startswith(before):
+            raise UserError(
+                "text.path holds chats that this model's template writes anew at every turn; give prompts and completions instead"
+            )
+        pieces.append(now[len(before) :])
+        trained.append(counts)
+        before = now
+
+    render = functools.partial(tokenizer.apply_chat_template, tokenize=False)
     for count, message in enumerate(messages, 1):
         answers = message.get("role") == "assistant"
         if answers:
-            opened = tokenizer.apply_chat_template(messages[: count - 1], tokenize=False, add_generation_prompt=True)
-            pieces.append(opened[len(before) :])
-            trained.append(False)
-            before = opened
-        now = tokenizer.apply_chat_template(messages[:count], tokenize=False)
-        pieces.append(now[len(before) :])
-        trained.append(answers)
-        before = now
+            add(render(messages[: count - 1], add_generation_prompt=True), counts=False)
+        add(render(messages[:count]), counts=answers)
     return text.Document(tuple(pieces), tuple(trained))
 
 
 def run(config: Config, session: Session) -> report.Results:
     """Trains `num_seeds` models and reports on them."""
-    base, tokenizer = _load(config, session) if config.model.weights else (None, None)
+    mesh = training.make_mesh(config.mesh)
+    base, tokenizer = _load(config, session, mesh) if config.model.weights else (None, None)
     corpus = prepare(config, session, tokenizer)
     net = network(config, corpus.vocab_size, base)
-    mesh = training.make_mesh(config.mesh)
     evaluate = _evaluator(net, corpus, mesh)
     found: list[dict[str, Any]] = []
     optimizer = _optimizer(config)
@@ -267,10 +273,10 @@ class _Timed:
         return float(1 / np.median(np.diff(self._times[3:]))) if len(self._times) >= 8 else None
 
 
-def _load(config: Config, session: Session) -> tuple[tuple[transformer.TransformerConfig, Any], Any]:
+def _load(config: Config, session: Session, mesh: Any) -> tuple[tuple[transformer.TransformerConfig, Any], Any]:
     session.say(f"lm: loading {config.model.weights}")
     try:
-        model = loading.load(config.model.weights)
+        model = loading.load(config.model.weights, shardings=lambda tree: sharding.shardings(tree, transformer.SHARDING_RULES, mesh))
     except ValueError as error:
         raise UserError(f"model.weights: {error}") from error
     if model.tokenizer is None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from janax.experiments.errors import UserError
+from janax.jaxlib_ext import scoring
 
 __all__ = ["Document", "Encode", "Rows", "batches", "docstrings", "fingerprint", "pack", "read_documents", "train_tokenizer"]
 
@@ -139,7 +140,7 @@ class Rows(NamedTuple):
 def pack(documents: Sequence[Document], encode: Encode, end: int, row_length: int) -> Rows:
     """Tokenised documents, each with the end token behind it, packed into rows; a longer one is cut into pieces of a row's length.
 
-    Pieces go, longest first, into the fullest row that has room for them.
+    Pieces go where `scoring.fit_rows` puts them.
 
     Args:
       documents: What to pack.
@@ -164,27 +165,12 @@ def pack(documents: Sequence[Document], encode: Encode, end: int, row_length: in
             cut = slice(start, start + row_length)
             if mask[cut][1:].any():
                 pieces.append((tokens[cut], np.concatenate([[False], mask[cut][1:]])))
-    rows: list[list[int]] = []
-    room: list[list[int]] = [[] for _ in range(row_length + 1)]  # rows by the room they have left
-    for index in sorted(range(len(pieces)), key=lambda i: -len(pieces[i][0])):
-        length = len(pieces[index][0])
-        space = next((space for space in range(length, row_length + 1) if room[space]), None)
-        if space is None:
-            rows.append([])
-            row, space = len(rows) - 1, row_length
-        else:
-            row = room[space].pop()
-        rows[row].append(index)
-        room[space - length].append(row)
-    shape = (len(rows), row_length)
+    row, segment, start = scoring.fit_rows([len(tokens) for tokens, _ in pieces], row_length)
+    shape = (int(row.max(initial=-1)) + 1, row_length)
     packed = Rows(np.full(shape, end, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool))
-    for row, members in enumerate(rows):
-        start = 0
-        for segment, index in enumerate(members, 1):
-            tokens, mask = pieces[index]
-            where = slice(start, start + len(tokens))
-            packed.tokens[row, where], packed.segment_ids[row, where], packed.mask[row, where] = tokens, segment, mask
-            start += len(tokens)
+    for (tokens, mask), *here in zip(pieces, row, segment, start):
+        where = here[0], slice(here[2], here[2] + len(tokens))
+        packed.tokens[where], packed.segment_ids[where], packed.mask[where] = tokens, here[1], mask
     return packed
 
 

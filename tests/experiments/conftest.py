@@ -59,3 +59,26 @@ def pair():
         if process.poll() is None:
             process.kill()
             process.wait()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A directory in Hugging Face's layout: a random decoder of two layers, a tokenizer of 300 tokens and a chat template."""
+    import jax
+    import transformers
+
+    from janax.experiments.lm import text
+    from janax.models import loading, transformer
+
+    where = tmp_path_factory.mktemp("model")
+    trained = text.train_tokenizer(["a few words to merge, and a few more words"], 300)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=trained, eos_token="<|endoftext|>")
+    turns = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    tokenizer.chat_template = turns + "{% if add_generation_prompt %}<assistant>{% endif %}"
+    tokenizer.save_pretrained(where)
+    config = transformer.TransformerConfig(
+        vocab_size=len(tokenizer), max_length=512, width=32, depth=2, heads=2, kv_heads=1, head_width=16, hidden=48, tied=True
+    )
+    params = jax.tree.map(lambda x: 3 * x, transformer.init(config, jax.random.key(0)))  # far from uniform
+    loading.save_transformer(where, config, params)
+    return where

@@ -12,7 +12,9 @@ from janax.experiments import lm
 from janax.experiments import session as sessions
 from janax.experiments.config import TrainConfig
 from janax.experiments.errors import UserError
-from janax.experiments.lm import text
+from janax.experiments.lm import study, text
+from janax.experiments.metrics import read_rows
+from janax.models import loading, lora
 
 ENCODE = lambda t: [ord(c) % 50 + 1 for c in t]  # noqa: E731
 
@@ -138,3 +140,34 @@ def test_adapters_need_weights(tmp_path):
     config = dataclasses.replace(CONFIG, lora=lm.LoraConfig(rank=4))
     with open_session(config, tmp_path) as session, pytest.raises(UserError, match=r"lora\.rank needs model\.weights"):
         lm.run(config, session)
+
+
+def test_adapters_of_a_loaded_model_on_chats(tmp_path, tiny_model):
+    """Tuning on what the assistant says, over eight devices; the adapter comes back, and the base is as it was."""
+    talk = [{"role": "user", "content": "a few words"}, {"role": "assistant", "content": "and a few more words to merge"}]
+    file = tmp_path / "chats.jsonl"
+    file.write_text("\n".join(json.dumps({"messages": talk}) for _ in range(20)))
+    config = dataclasses.replace(
+        CONFIG,
+        text=lm.TextConfig(path=str(file), sequence_length=64),
+        model=lm.ModelConfig(weights=str(tiny_model)),
+        lora=lm.LoraConfig(rank=2, alpha=4.0, targets=("q_proj", "down_proj")),
+        optimizer=dataclasses.replace(CONFIG.optimizer, learning_rate=2e-2),
+    )
+    before = (tiny_model / "model.safetensors").read_bytes()
+    with open_session(config, tmp_path) as session:
+        lm.run(config, session)
+    losses = [row["loss"] for row in read_rows(session.workdir / "metrics.jsonl") if "loss" in row]
+    assert losses[-1] < 0.9 * losses[0]
+    adapters, scale = lora.load_peft(session.workdir / "adapter-seed0", loading.load(tiny_model).config)
+    assert set(adapters) == {"q_proj", "down_proj"} and scale == 2.0
+    assert float(np.abs(adapters["q_proj"]["b"]).max()) > 0
+    assert (tiny_model / "model.safetensors").read_bytes() == before
+
+
+def test_only_what_the_assistant_says_counts(tiny_model):
+    tokenizer = loading.load(tiny_model).tokenizer
+    talk = [{"role": "user", "content": "words"}, {"role": "assistant", "content": "more"}, {"role": "user", "content": "few"}]
+    document = study._render(tokenizer, talk)
+    assert "".join(document.pieces) == tokenizer.apply_chat_template(talk, tokenize=False)
+    assert [piece for piece, trained in zip(document.pieces, document.trained) if trained] == ["more\n"]

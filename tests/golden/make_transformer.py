@@ -3,6 +3,9 @@
 Run with torch 2.13.0 and transformers 5.23.0 (the versions used are stored in the files): python tests/golden/make_transformer.py
 Every weight is random, norms and biases too, so that nothing is trivially one or zero; windows and original context lengths are short
 enough to matter within the 48 tokens of the inputs. Expected values: float32 logits with eager attention, and 32 greedy tokens.
+
+The weights are mild (kernels of gain 1.1), so that float32 itself is within 1e-5. With gain 1.5 and larger norms logits reach 13 and the
+public float32 code is up to 5e-5 off its own float64: three such models, NAME_strong, hold both, and a bar can be derived from them.
 """
 
 from pathlib import Path
@@ -79,6 +82,31 @@ def greedy(model: torch.nn.Module, tokens: torch.Tensor, steps: int) -> tuple[to
 
 
 @torch.no_grad()
+def strong(name: str, seed: int) -> None:
+    """A model whose rounding errors are large, with the public code's float32 and float64 logits."""
+    torch.manual_seed(seed)
+    config = FAMILIES[name]
+    config._attn_implementation = "eager"
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = None
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for path, parameter in model.named_parameters():
+        centre = 1.0 if parameter.ndim == 1 and not path.endswith("bias") else 0.0
+        scale = 1.5 * parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.3
+        if path in ("model.norm.weight", "transformer.ln_f.weight"):
+            centre, scale = 0.0, 1.5
+        parameter.copy_(centre + scale * torch.randn(parameter.shape))
+    where = DIRECTORY / f"{name}_strong"
+    model.save_pretrained(where)
+    (where / "generation_config.json").unlink(missing_ok=True)
+    tokens = torch.randint(0, config.vocab_size, (2, 48))
+    single = model(tokens, use_cache=False).logits.numpy()
+    double = model.double()(tokens, use_cache=False).logits.numpy()
+    versions = np.array([f"transformers {transformers.__version__}", f"torch {torch.__version__}"])
+    np.savez(where / "io.npz", tokens=tokens.numpy().astype(np.int32), logits=single, double=double, versions=versions)
+    print(f"{name}_strong: largest logit {np.abs(double).max():.1f}, float32 off by {np.abs(single - double).max():.1e}")
+
+
+@torch.no_grad()
 def main() -> None:
     for seed, (name, config) in enumerate(FAMILIES.items()):
         torch.manual_seed(seed)
@@ -111,3 +139,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    for number, family in enumerate(("llama3", "gpt_neo", "qwen2")):
+        strong(family, number)

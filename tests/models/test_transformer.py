@@ -10,10 +10,10 @@ import pytest
 from jax.sharding import AxisType
 
 from janax.jaxlib_ext import sharding
-from janax.models import loading, presets, transformer
+from janax.models import _attention, loading, presets, transformer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "transformer"  # made by make_transformer.py with transformers 5.23.0 and torch 2.13.0
-FAMILIES = sorted(path.name for path in GOLDEN.iterdir())
+FAMILIES = sorted(path.name for path in GOLDEN.iterdir() if not path.name.endswith("_strong"))
 # Everything at once: grouped heads, two kinds of layers with rotary frequencies of their own, norms everywhere, soft-capping.
 RICH = transformer.TransformerConfig(
     vocab_size=48,
@@ -78,6 +78,18 @@ def test_agrees_with_the_public_code(family):
     np.testing.assert_allclose(cap(h @ w), logits, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama3", "gpt_neo", "qwen2"])
+def test_rounds_no_worse_than_the_public_code(family):
+    """Strong weights, where float32 itself misses 1e-5: our distance from float64 is at most twice that of the public float32 code.
+
+    Both are maxima over 6144 logits of sums rounded in different orders; over four seeds of all eleven families ours was .6 to 1.8 of theirs.
+    """
+    config, params = loading.load_transformer(GOLDEN / f"{family}_strong")
+    data = np.load(GOLDEN / f"{family}_strong" / "io.npz")
+    ours = np.abs(_logits(config, params, data["tokens"]) - data["double"]).max()
+    assert ours <= 2 * np.abs(data["logits"] - data["double"]).max()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_continuation_with_and_without_cache(family):
     config, params = loading.load_transformer(GOLDEN / family)
@@ -102,7 +114,7 @@ def test_greedy_continuation_with_and_without_cache(family):
 
 @pytest.mark.parametrize(("family", "attention"), [("llama3", "xla"), ("gemma3", "xla"), ("gemma3", "flash"), ("gpt2", "xla")])
 def test_padding_and_packing_change_nothing(family, attention, monkeypatch):
-    monkeypatch.setattr(transformer, "_CHUNK", 8)
+    monkeypatch.setattr(_attention, "_CHUNK", 8)
     config, params = loading.load_transformer(GOLDEN / family)
     config = dataclasses.replace(config, attention=attention)
     texts = [_tokens(1, t, seed=t)[0] for t in (5, 9, 12)]
@@ -125,8 +137,8 @@ def test_padding_and_packing_change_nothing(family, attention, monkeypatch):
 def test_groups_and_chunks_of_queries_change_nothing(params, attention, monkeypatch):
     tokens, ids = _tokens(2, 21), np.array([[0] * 3 + [1] * 9 + [2] * 9, [1] * 17 + [0] * 4])
     expected = _value_and_grad(RICH, params, tokens, ids)
-    monkeypatch.setattr(transformer, "_GROUP_SIZE", 10 if attention == "flash" else 5)
-    monkeypatch.setattr(transformer, "_CHUNK", 4)
+    monkeypatch.setattr(_attention, "_GROUP_SIZE", 10 if attention == "flash" else 5)
+    monkeypatch.setattr(_attention, "_CHUNK", 4)
     for config in (RICH, dataclasses.replace(RICH, scan_layers=False)):
         config = dataclasses.replace(config, attention=attention)
         actual = jax.jit(jax.value_and_grad(functools.partial(_loss, config)))(params, tokens, ids)
