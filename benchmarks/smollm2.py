@@ -115,7 +115,7 @@ def train(config, params, peer: Peer, repeats: int):
     def loss(params, tokens):
         h = transformer.hidden(config, params, tokens)[:, :-1]
         weights = jnp.ones(h.shape[:2], jnp.float32)
-        return fused.weighted_nll(h, transformer.unembed(config, params), tokens[:, 1:], weights) / weights.size
+        return fused.weighted_nll(h, transformer.output_embedding(config, params), tokens[:, 1:], weights, transposed=True) / weights.size
 
     def step(params, tokens):
         value, gradients = jax.value_and_grad(loss)(params, tokens)

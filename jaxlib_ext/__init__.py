@@ -2,6 +2,20 @@
 
 from janax import _lazy_modules
 
-__all__ = ["aot", "checks", "dtypes", "fused", "logprobs", "masking", "reversible", "sampling", "scoring", "sharding"]
+__all__ = [
+    "aot",
+    "checks",
+    "divergence",
+    "dtypes",
+    "fused",
+    "kernels",
+    "logprobs",
+    "masking",
+    "reversible",
+    "sampling",
+    "scoring",
+    "sharding",
+    "transport",
+]
 
 __getattr__, __dir__ = _lazy_modules(__name__, __all__)

@@ -66,6 +66,7 @@ def token_log_probs(
     vocab_chunk: int | None = None,
     token_chunk: int | None = None,
     keep_expectation: bool = False,
+    transposed: bool = False,
     axis_name: str | None = None,
 ) -> jax.Array:
     """Log-probability of given tokens: z_y - log sum_v exp(z_v) with z = cap(h w + bias) / temperature.
@@ -75,7 +76,7 @@ def token_log_probs(
 
     Args:
       h: [... d] hidden states, one per token. Batches come as leading axes; `jax.vmap` would make one gradient of `w` per example.
-      w: [d v] unembedding.
+      w: [d v] unembedding; [v d] if `transposed`.
       tokens: [...] integer ids, already shifted: `tokens` at a position is what the hidden state there predicts.
       bias: [v] added to h w; -inf forbids a token, also under a soft cap.
       softcap: c in cap(x) = c tanh(x / c), Gemma 2's final soft-capping; None for none. Static.
@@ -85,7 +86,9 @@ def token_log_probs(
         step sums w's gradient over devices, and a chunk of logits is not much larger than `h`. Static.
       keep_expectation: Under differentiation, compute sum_v p_v w_v [n d] with the forward pass and keep it: h then needs nothing backward.
         Worth it where `w` is frozen. Static.
-      axis_name: Inside `jax.shard_map`, the mesh axis over which `w` [d v/s] and `bias` are sharded. Static.
+      transposed: `w` is [v d], as embeddings and PyTorch's layers are stored: no chunk is then copied on the way to the product with its
+        gradient, on CPU a tenth of the whole time. Static.
+      axis_name: Inside `jax.shard_map`, the mesh axis over which the vocabulary of `w` and `bias` is sharded. Static.
 
     Returns:
       [...] in nats, float32 or wider; -inf, with zero gradients, for a forbidden token and for an id outside the vocabulary. Gradients have
@@ -98,7 +101,7 @@ def token_log_probs(
 
     Reference: the chunked loss with recomputation is that of Wijmans et al., arXiv:2411.09009, here exact (no block is skipped).
     """
-    options = _Options(softcap, False, keep_expectation, vocab_chunk, token_chunk)
+    options = _Options(softcap, False, keep_expectation, vocab_chunk, token_chunk, transposed)
     return _token_statistics("token_log_probs", options, h, w, tokens, bias, temperature, axis_name)[0]
 
 
@@ -112,6 +115,7 @@ def statistics(
     temperature: ArrayLike = 1.0,
     vocab_chunk: int | None = None,
     token_chunk: int | None = None,
+    transposed: bool = False,
     axis_name: str | None = None,
 ) -> TokenStatistics:
     """As `token_log_probs`, with the entropy and the log-normaliser from the same pass; all three are differentiable, in the same products.
@@ -120,13 +124,14 @@ def statistics(
 
     Args:
       h: [... d] hidden states.
-      w: [d v] unembedding.
+      w: [d v] unembedding; [v d] if `transposed`.
       tokens: [...] integer ids.
       bias: [v] or None.
       softcap: Final soft-capping, or None. Static.
       temperature: [] > 0. Traced. Entropy and log-normaliser are those of the tempered distribution.
       vocab_chunk: As in `token_log_probs`. Static.
       token_chunk: As in `token_log_probs`. Static.
+      transposed: As in `token_log_probs`. Static.
       axis_name: As in `token_log_probs`. Static.
 
     Returns:
@@ -135,7 +140,7 @@ def statistics(
     Raises:
       ValueError: as `token_log_probs`.
     """
-    options = _Options(softcap, True, False, vocab_chunk, token_chunk)
+    options = _Options(softcap, True, False, vocab_chunk, token_chunk, transposed)
     log_probs, normalizer, mean = _token_statistics("statistics", options, h, w, tokens, bias, temperature, axis_name)
     assert mean is not None
     nothing = jnp.isneginf(normalizer)
@@ -154,6 +159,7 @@ def weighted_nll(
     temperature: ArrayLike = 1.0,
     vocab_chunk: int | None = None,
     token_chunk: int | None = None,
+    transposed: bool = False,
     axis_name: str | None = None,
 ) -> jax.Array:
     """The weighted negative log-likelihood -sum_n weights_n log p(y_n), whose gradients are made along with the value.
@@ -167,7 +173,7 @@ def weighted_nll(
 
     Args:
       h: [... d] hidden states.
-      w: [d v] unembedding.
+      w: [d v] unembedding; [v d] if `transposed`.
       tokens: [...] integer ids, already shifted.
       weights: [...] one per token; where it is 0 the token does not matter. For a mean over a mask: mask / max(sum(mask), 1).
       bias: [v] or None.
@@ -175,6 +181,7 @@ def weighted_nll(
       temperature: [] > 0. Traced.
       vocab_chunk: Columns of w's gradient added at a time. Static.
       token_chunk: Tokens per chunk, whose logits [token_chunk v] are held: an eighth, between 256 and 1024, if None. Static.
+      transposed: As in `token_log_probs`. Static.
       axis_name: As in `token_log_probs`. Static.
 
     Returns:
@@ -186,14 +193,14 @@ def weighted_nll(
     Reference: gradients within the forward pass as in Hsu et al., arXiv:2410.10989 (Liger kernels).
     """
     name = "weighted_nll"
-    options = _Options(softcap, False, False, vocab_chunk, token_chunk)
+    options = _Options(softcap, False, False, vocab_chunk, token_chunk, transposed)
     check_shapes(name, tokens=(tokens, "..."), weights=(weights, "..."))
     *arrays, _ = _prepare(name, options, h, w, bias, tokens, temperature)
     each = jnp.asarray(weights).astype(_float(*arrays[:2])).reshape(-1)
     # What belongs to a token is the same on all shards of the vocabulary, and so is the gradient with respect to its weight.
     each = _vary(each, frozenset[str]().union(*map(_varying, jax.tree.leaves(arrays))) - {axis_name})
     hidden, head, offsets, ids, heat, _ = _agree(name, axis_name, (*arrays, each))
-    return _nll(options, axis_name, hidden, head, offsets, _localise(ids, head, axis_name), each, heat)
+    return _nll(options, axis_name, hidden, head, offsets, _localise(ids, head.shape[options.axis], axis_name), each, heat)
 
 
 def top_k(
@@ -206,6 +213,7 @@ def top_k(
     temperature: ArrayLike = 1.0,
     vocab_chunk: int | None = None,
     token_chunk: int | None = None,
+    transposed: bool = False,
     axis_name: str | None = None,
 ) -> TopK:
     """The k likeliest tokens at each position, merged over chunks of the vocabulary. Not differentiated: see `token_log_probs` for that.
@@ -215,13 +223,14 @@ def top_k(
 
     Args:
       h: [... d] hidden states.
-      w: [d v] unembedding; [d v/s] with `axis_name`.
+      w: [d v] unembedding; [v d] if `transposed`; with `axis_name`, this device's part.
       k: Number of tokens, between 1 and v. Static.
       bias: [v] or None.
       softcap: Final soft-capping, or None. Static.
       temperature: [] > 0. Traced.
       vocab_chunk: As in `token_log_probs`. Static.
       token_chunk: As in `token_log_probs`. Static.
+      transposed: As in `token_log_probs`. Static.
       axis_name: As in `token_log_probs`. Static.
 
     Returns:
@@ -230,9 +239,9 @@ def top_k(
     Raises:
       ValueError: as `token_log_probs`, and if k is not between 1 and v.
     """
-    options = _Options(softcap, False, False, vocab_chunk, token_chunk)
+    options = _Options(softcap, False, False, vocab_chunk, token_chunk, transposed)
     *arrays, leading = _prepare("top_k", options, h, w, bias, None, temperature)
-    v = jnp.shape(w)[1] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
+    v = jnp.shape(w)[options.axis] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
     if not 1 <= k <= v:
         raise ValueError(f"top_k: 'k' is {k}, expected 1 to v={v}")
     hidden, head, offsets, _, heat = jax.lax.stop_gradient(_agree("top_k", axis_name, tuple(arrays)))
@@ -251,6 +260,12 @@ class _Options(NamedTuple):
     keep_expectation: bool
     vocab_chunk: int | None
     token_chunk: int | None
+    transposed: bool
+
+    @property
+    def axis(self) -> int:
+        """Which axis of w is the vocabulary."""
+        return 0 if self.transposed else 1
 
 
 def _float(*arrays: jax.Array) -> Any:
@@ -260,8 +275,15 @@ def _float(*arrays: jax.Array) -> Any:
 
 
 def _prepare(name: str, options: _Options, h: Any, w: Any, bias: Any, tokens: Any, temperature: Any) -> tuple[Any, ...]:
-    """Checked: h [n d] and w [d v] of one dtype, bias [v] or None, int32 tokens [n] or None, temperature [], and the leading axes of h."""
-    axes = check_shapes(name, h=(h, "... d"), w=(w, "d v"), tokens=(tokens, "..."), bias=(bias, "v"), temperature=(temperature, ""))
+    """Checked: h [n d] and w [d v] or [v d] of one dtype, bias [v] or None, int32 tokens [n] or None, temperature [], and the leading axes of h."""
+    axes = check_shapes(
+        name,
+        h=(h, "... d"),
+        w=(w, "v d" if options.transposed else "d v"),
+        tokens=(tokens, "..."),
+        bias=(bias, "v"),
+        temperature=(temperature, ""),
+    )
     for argument, value in (("vocab_chunk", options.vocab_chunk), ("token_chunk", options.token_chunk)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: {argument!r} is {value}, expected at least 1")
@@ -303,9 +325,9 @@ def _vary(x: Any, axes: frozenset[str]) -> Any:
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
-def _localise(tokens: jax.Array, w: jax.Array, axis_name: str | None) -> jax.Array:
-    """Ids counted from the first column of this device's part of the vocabulary."""
-    return tokens if axis_name is None else tokens - jax.lax.axis_index(axis_name).astype(jnp.int32) * w.shape[1]
+def _localise(tokens: jax.Array, v: int, axis_name: str | None) -> jax.Array:
+    """Ids counted from the first token of this device's part of the vocabulary, of length v."""
+    return tokens if axis_name is None else tokens - jax.lax.axis_index(axis_name).astype(jnp.int32) * v
 
 
 # --- chunks
@@ -440,23 +462,41 @@ class _Tile(NamedTuple):
 
 
 class _Vocabulary(NamedTuple):
-    """The unembedding in the form in which chunks are taken: w [d g r], bias [g r] or None, temperature []."""
+    """The unembedding in the form in which chunks are taken: w [d g r], or [g r d], bias [g r] or None, temperature []."""
 
     chunks: _Chunks
+    axis: int
     w: jax.Array
     bias: jax.Array | None
     temperature: jax.Array
 
     @classmethod
-    def of(cls, chunks: _Chunks, w: jax.Array, bias: jax.Array | None, temperature: jax.Array) -> "_Vocabulary":
-        return cls(chunks, chunks.split(w, 1), None if bias is None else chunks.split(bias, 0), temperature)
+    def of(cls, options: _Options, w: jax.Array, bias: jax.Array | None, temperature: jax.Array) -> "_Vocabulary":
+        chunks = _vocab_chunks(options, w.shape[options.axis])
+        return cls(chunks, options.axis, chunks.split(w, options.axis), None if bias is None else chunks.split(bias, 0), temperature)
 
     def window(self, step: Any) -> tuple[jax.Array, jax.Array | None]:
-        """w [d g c] and bias [g c] of a step."""
-        return self.chunks.window(self.w, step, 1), None if self.bias is None else self.chunks.window(self.bias, step, 0)
+        """w [d g c] or [g c d] and bias [g c] of a step."""
+        return self.chunks.window(self.w, step, self.axis), None if self.bias is None else self.chunks.window(self.bias, step, 0)
+
+    def logits(self, h: jax.Array, w: jax.Array) -> jax.Array:
+        """h w [m g c] of a window, or of all of w."""
+        return _dot(h, w, ((1,), (0 if self.axis else 2,)))
+
+    def back(self, dx: jax.Array, w: jax.Array, like: jax.Array) -> jax.Array:
+        """sum_v dx_v w_v [m d] over a window."""
+        return _dot(dx.astype(w.dtype), w, ((1, 2), (1, 2) if self.axis else (0, 1)), like=like)
+
+    def rows(self, w: jax.Array) -> jax.Array:
+        """A window as [g c d]."""
+        return jnp.transpose(w, (1, 2, 0)) if self.axis else w
+
+    def add(self, sums: jax.Array, rows: jax.Array, step: Any, *, add: bool) -> jax.Array:
+        """Writes or adds the gradient of a window [g c d] to that of w."""
+        return _accumulate(self.chunks, sums, jnp.transpose(rows, (2, 0, 1)) if self.axis else rows, step, self.axis, add=add)
 
     def tile(self, softcap: float | None, h: jax.Array, tokens: jax.Array, window: tuple[jax.Array, jax.Array | None], step: Any) -> _Tile:
-        return self.tile_of(softcap, _dot(h, window[0], ((1,), (0,))), tokens, window[1], step)
+        return self.tile_of(softcap, self.logits(h, window[0]), tokens, window[1], step)
 
     def tile_of(self, softcap: float | None, x: jax.Array, tokens: jax.Array, bias: jax.Array | None, step: Any) -> _Tile:
         """The tile with h w = x [m g c] and bias [g c]."""
@@ -513,7 +553,7 @@ def _start(zero: jax.Array, *, first: bool = False, expectation: jax.Array | Non
     return _Running(jnp.full_like(zero, -jnp.inf), zero, zero, zero if first else None, expectation)
 
 
-def _fold(running: _Running, tile: _Tile, w: jax.Array) -> _Running:
+def _fold(running: _Running, tile: _Tile, vocabulary: _Vocabulary, w: jax.Array) -> _Running:
     largest = jnp.maximum(running.largest, jnp.max(tile.z, axis=(1, 2)))
     base = jnp.where(jnp.isneginf(largest), jnp.zeros_like(largest), largest)
     scale, weight = jnp.exp(running.largest - base), jnp.exp(tile.z - base[:, None, None])
@@ -521,7 +561,7 @@ def _fold(running: _Running, tile: _Tile, w: jax.Array) -> _Running:
     if first is not None:
         first = first * scale + jnp.sum(weight * tile.finite, axis=(1, 2))
     if expectation is not None:
-        expectation = expectation * scale[:, None] + _dot((weight * tile.slope).astype(w.dtype), w, ((1, 2), (1, 2)), like=expectation)
+        expectation = expectation * scale[:, None] + vocabulary.back(weight * tile.slope, w, expectation)
     return _Running(
         largest=largest,
         total=running.total * scale + jnp.sum(weight, axis=(1, 2)),
@@ -538,7 +578,7 @@ def _walk(options: _Options, h: jax.Array, tokens: jax.Array, vocabulary: _Vocab
 
     def body(running: _Running, step: Any) -> _Running:
         window = vocabulary.window(step)
-        return _fold(running, vocabulary.tile(options.softcap, h, tokens, window, step), window[0])
+        return _fold(running, vocabulary.tile(options.softcap, h, tokens, window, step), vocabulary, window[0])
 
     return vocabulary.chunks.loop(body, start)
 
@@ -552,9 +592,9 @@ def _token_statistics(
     """Log-probabilities, log-normalisers and mean logits (None without `with_mean`), [...]."""
     *arrays, leading = _prepare(name, options, h, w, bias, tokens, temperature)
     h, w, bias, tokens, temperature = _agree(name, axis_name, tuple(arrays))
-    local = _localise(tokens, w, axis_name)
+    local = _localise(tokens, w.shape[options.axis], axis_name)
     target, normalizer, mean = cast(tuple[Any, Any, Any], _statistics(options, h, w, bias, local, temperature))
-    log_probs, normalizer, mean, _ = _finish(axis_name, w, local, target, normalizer, mean)
+    log_probs, normalizer, mean, _ = _finish(axis_name, w.shape[options.axis], local, target, normalizer, mean)
     return log_probs.reshape(leading), normalizer.reshape(leading), None if mean is None else mean.reshape(leading)
 
 
@@ -572,10 +612,10 @@ def _over_shards(axis_name: str, normalizer: jax.Array) -> tuple[jax.Array, jax.
 
 
 def _finish(
-    axis_name: str | None, w: jax.Array, tokens: jax.Array, target: jax.Array, normalizer: jax.Array, mean: jax.Array | None = None
+    axis_name: str | None, v: int, tokens: jax.Array, target: jax.Array, normalizer: jax.Array, mean: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
-    """(log-probabilities, log-normaliser, mean logit, whether the token is possible) [m] of the whole vocabulary from those at hand."""
-    found = (tokens >= 0) & (tokens < w.shape[1])
+    """(log-probabilities, log-normaliser, mean logit, whether the token is possible) [m] of the whole vocabulary from the v tokens at hand."""
+    found = (tokens >= 0) & (tokens < v)
     zero = jnp.zeros_like(target)
     if axis_name is not None:
         target = jax.lax.psum(jnp.where(found, target, zero), axis_name)
@@ -590,14 +630,14 @@ def _finish(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _statistics(options: _Options, h: Any, w: Any, bias: Any, tokens: Any, temperature: Any) -> tuple[Any, Any, Any]:
-    """(target, logsumexp, mean) [n] of the vocabulary at hand; h [n d], w [d v], tokens [n] (ids elsewhere give target 0)."""
+    """(target, logsumexp, mean) [n] of the vocabulary at hand; h [n d], w [d v] or [v d], tokens [n] (ids elsewhere give target 0)."""
     return _statistics_forward(options, h, w, bias, tokens, temperature)[0]
 
 
 def _statistics_forward(
     options: _Options, h: Any, w: Any, bias: Any, tokens: Any, temperature: Any, *, expectation: bool = False
 ) -> tuple[tuple[Any, Any, Any], Any]:
-    vocabulary = _Vocabulary.of(_vocab_chunks(options, w.shape[1]), w, bias, temperature)
+    vocabulary = _Vocabulary.of(options, w, bias, temperature)
     chunks = _token_chunks(h.shape[0], options.token_chunk)
 
     def some(h: jax.Array, tokens: jax.Array) -> tuple[Any, ...]:
@@ -618,7 +658,7 @@ def _statistics_fwd(options: _Options, h: Any, w: Any, bias: Any, tokens: Any, t
 
 
 class _Sums(NamedTuple):
-    """Gradients being summed: h [n d] or None, w [d g r] (of one chunk [g c d]: rows are faster to write), bias [g r] or None, temperature []."""
+    """Gradients being summed: h [n d] or None, w as the vocabulary holds it, or [g c d] of one chunk, bias [g r] or None, temperature []."""
 
     h: Any
     w: jax.Array
@@ -630,8 +670,8 @@ def _statistics_bwd(options: _Options, residuals: Any, cotangents: Any) -> tuple
     h, w, bias, tokens, temperature, (target, normalizer, mean), expected = residuals
     to_target, to_normalizer, _ = cotangents
     dtype = normalizer.dtype
-    vocab = _vocab_chunks(options, w.shape[1])
-    vocabulary = _Vocabulary.of(vocab, w, bias, temperature)
+    vocabulary = _Vocabulary.of(options, w, bias, temperature)
+    vocab = vocabulary.chunks
     chunks = _token_chunks(h.shape[0], options.token_chunk)
     base = jnp.where(jnp.isneginf(normalizer), jnp.zeros_like(normalizer), normalizer)
 
@@ -661,7 +701,7 @@ def _statistics_bwd(options: _Options, residuals: Any, cotangents: Any) -> tuple
             to_h = inner.h
             if to_h is not None:
                 old = _rows(chunks, to_h, token_step)
-                to_h = _put_rows(chunks, to_h, old + _dot(dx.astype(w.dtype), window[0], ((1, 2), (1, 2)), like=old), token_step)
+                to_h = _put_rows(chunks, to_h, old + vocabulary.back(dx, window[0], old), token_step)
             return _Sums(
                 h=to_h,
                 w=inner.w + _dot(dx.astype(h.dtype), part, ((0,), (0,)), like=inner.w),
@@ -671,10 +711,10 @@ def _statistics_bwd(options: _Options, residuals: Any, cotangents: Any) -> tuple
 
         wide = functools.partial(jnp.zeros_like, dtype=dtype)
         to_bias = None if bias is None else wide(window[1])
-        chunk = chunks.loop(some, _Sums(sums.h, wide(_rows_of(window[0])), to_bias, sums.temperature))
+        chunk = chunks.loop(some, _Sums(sums.h, wide(vocabulary.rows(window[0])), to_bias, sums.temperature))
         return _Sums(
             h=chunk.h,
-            w=_accumulate(vocab, sums.w, _columns_of(chunk.w), step, 1, add=vocab.overlaps),
+            w=vocabulary.add(sums.w, chunk.w, step, add=vocab.overlaps),
             bias=None if sums.bias is None else _accumulate(vocab, sums.bias, chunk.bias, step, 0, add=vocab.overlaps),
             temperature=chunk.temperature,
         )
@@ -693,16 +733,6 @@ def _statistics_bwd(options: _Options, residuals: Any, cotangents: Any) -> tuple
     return to_h.astype(h.dtype), sums.w.reshape(w.shape), to_bias, None, -sums.temperature / temperature
 
 
-def _rows_of(w: jax.Array) -> jax.Array:
-    """[d g c] -> [g c d]."""
-    return jnp.transpose(w, (1, 2, 0))
-
-
-def _columns_of(w: jax.Array) -> jax.Array:
-    """[g c d] -> [d g c]."""
-    return jnp.transpose(w, (2, 0, 1))
-
-
 def _accumulate(chunks: _Chunks, sums: jax.Array, new: Any, step: Any, axis: int, *, add: bool) -> jax.Array:
     """Writes the window of a step, or adds to it where windows overlap or are met more than once."""
     new = new.astype(sums.dtype)
@@ -711,7 +741,7 @@ def _accumulate(chunks: _Chunks, sums: jax.Array, new: Any, step: Any, axis: int
 
 def _chosen_rows(options: _Options, w: jax.Array, tokens: jax.Array, target: jax.Array, temperature: jax.Array) -> jax.Array:
     """[n d] derivative of the target logit with respect to h; 0 where the token is elsewhere."""
-    found = (tokens >= 0) & (tokens < w.shape[1])
+    found = (tokens >= 0) & (tokens < w.shape[options.axis])
     slope = 1 / temperature
     if options.softcap is not None:
         finite = jnp.where(jnp.isneginf(target), jnp.zeros_like(target), target)
@@ -719,8 +749,11 @@ def _chosen_rows(options: _Options, w: jax.Array, tokens: jax.Array, target: jax
     slope = jnp.where(found & ~jnp.isneginf(target), slope, jnp.zeros_like(target))
     placement = None
     if AxisType.Explicit in jax.typeof(w).sharding.mesh.axis_types:
-        placement = jax.P(None, jax.typeof(tokens).sharding.spec[0])
-    rows = w.at[:, jnp.where(found, tokens, jnp.zeros_like(tokens))].get(mode="clip", out_sharding=placement).T
+        spec = jax.typeof(tokens).sharding.spec[0]
+        placement = jax.P(spec, None) if options.transposed else jax.P(None, spec)
+    index = jnp.where(found, tokens, jnp.zeros_like(tokens))
+    rows = (w.at[index] if options.transposed else w.at[:, index]).get(mode="clip", out_sharding=placement)
+    rows = rows if options.transposed else rows.T
     return slope[:, None] * rows.astype(target.dtype)
 
 
@@ -733,7 +766,7 @@ _statistics.defvjp(_statistics_fwd, _statistics_bwd)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _nll(options: _Options, axis_name: str | None, h: Any, w: Any, bias: Any, tokens: Any, weights: Any, temperature: Any) -> jax.Array:
     (target, normalizer, _), _ = _statistics_forward(options, h, w, bias, tokens, temperature)
-    return _loss(weights, _finish(axis_name, w, tokens, target, normalizer)[0])
+    return _loss(weights, _finish(axis_name, w.shape[options.axis], tokens, target, normalizer)[0])
 
 
 def _loss(weights: jax.Array, log_probs: jax.Array) -> jax.Array:
@@ -744,8 +777,8 @@ def _nll_fwd(
     options: _Options, axis_name: str | None, h: Any, w: Any, bias: Any, tokens: Any, weights: Any, temperature: Any
 ) -> tuple[jax.Array, Any]:
     n, dtype = h.shape[0], weights.dtype
-    vocab = _vocab_chunks(options, w.shape[1])
-    vocabulary = _Vocabulary.of(vocab, w, bias, temperature)
+    vocabulary = _Vocabulary.of(options, w, bias, temperature)
+    vocab = vocabulary.chunks
     chunks = _token_chunks(n, options.token_chunk or min(max(n // 8, 256), 1024))
 
     def body(carry: tuple[_Sums, jax.Array], step: Any) -> tuple[_Sums, jax.Array]:
@@ -753,14 +786,15 @@ def _nll_fwd(
         part, ids, weight = _rows(chunks, (h, tokens, weights), step)
         if chunks.overlaps:
             weight = weight * chunks.fresh(step).reshape(-1).astype(dtype)
-        x = _dot(part, vocabulary.w, ((1,), (0,)))  # all that is as long as the vocabulary
+        x = vocabulary.logits(part, vocabulary.w)  # all that is as long as the vocabulary
 
         def tile_of(vocab_step: Any) -> tuple[_Tile, jax.Array]:
             window, bias_window = vocabulary.window(vocab_step)
             return vocabulary.tile_of(options.softcap, vocab.window(x, vocab_step, 1), ids, bias_window, vocab_step), window
 
-        running = vocab.loop(lambda sums, vocab_step: _fold(sums, *tile_of(vocab_step)), _start(jnp.zeros_like(ids, dtype=dtype)))
-        log_p, normalizer, _, possible = _finish(axis_name, w, ids, running.target, running.logsumexp)
+        fold = lambda sums, tile, window: _fold(sums, tile, vocabulary, window)  # noqa: E731
+        running = vocab.loop(lambda sums, vocab_step: fold(sums, *tile_of(vocab_step)), _start(jnp.zeros_like(ids, dtype=dtype)))
+        log_p, normalizer, _, possible = _finish(axis_name, w.shape[options.axis], ids, running.target, running.logsumexp)
         weight = jnp.where(possible, weight, jnp.zeros_like(weight))[:, None, None]
         base = jnp.where(jnp.isneginf(normalizer), jnp.zeros_like(normalizer), normalizer)[:, None, None]
 
@@ -768,10 +802,10 @@ def _nll_fwd(
             tile, window = tile_of(vocab_step)
             dz = weight * (jnp.exp(tile.z - base) - tile.chosen.astype(dtype))
             dx = jnp.where(jnp.isneginf(tile.z), jnp.zeros_like(dz), dz * tile.slope)
-            to_w = _columns_of(_dot(dx.astype(w.dtype), part, ((0,), (0,)), like=_rows_of(window)))
+            to_w = _dot(dx.astype(w.dtype), part, ((0,), (0,)), like=vocabulary.rows(window))
             return _Sums(
-                h=sums.h + _dot(dx.astype(w.dtype), window, ((1, 2), (1, 2)), like=sums.h),
-                w=_accumulate(vocab, sums.w, to_w, vocab_step, 1, add=True),
+                h=sums.h + vocabulary.back(dx, window, sums.h),
+                w=vocabulary.add(sums.w, to_w, vocab_step, add=True),
                 bias=None if sums.bias is None else _accumulate(vocab, sums.bias, jnp.sum(dx, axis=0), vocab_step, 0, add=True),
                 temperature=sums.temperature - jnp.sum(dz * tile.finite) / temperature,
             )
@@ -823,10 +857,10 @@ def _best(k: int, values: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Arr
 
 
 def _top_k(options: _Options, k: int, axis_name: str | None, h: Any, w: Any, bias: Any, temperature: Any) -> tuple[jax.Array, jax.Array]:
-    vocab = _vocab_chunks(options, w.shape[1])
-    vocabulary = _Vocabulary.of(vocab, w, bias, temperature)
+    vocabulary = _Vocabulary.of(options, w, bias, temperature)
+    vocab = vocabulary.chunks
     chunks = _token_chunks(h.shape[0], options.token_chunk)
-    v = w.shape[1]
+    v = w.shape[options.axis]
     kept = min(k, vocab.inner)
     offset = jnp.int32(0) if axis_name is None else jax.lax.axis_index(axis_name).astype(jnp.int32) * v
 
@@ -837,7 +871,7 @@ def _top_k(options: _Options, k: int, axis_name: str | None, h: Any, w: Any, bia
             ids = _placed(jnp.broadcast_to(vocab.ids(step)[None], tile.z.shape), tile.z)
             values, ids = _best(kept, tile.z, ids)
             values, ids = (jnp.concatenate(pair, axis=-1) for pair in ((state.values, values), (state.ids, ids)))
-            return _Candidates(*_best(kept, values, ids), _fold(state.running, tile, window[0]))
+            return _Candidates(*_best(kept, values, ids), _fold(state.running, tile, vocabulary, window[0]))
 
         zero = jnp.zeros_like(nowhere, dtype=_float(h, w))
         first = vocabulary.tile(options.softcap, h, nowhere, vocabulary.window(jnp.int32(0)), jnp.int32(0)).z[..., :1]

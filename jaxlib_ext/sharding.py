@@ -9,7 +9,7 @@ Everything else in the library lets the placement of its inputs decide.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ __all__ = [
     "local_rows",
     "make_mesh",
     "path_string",
+    "per_device",
     "place",
     "shardings",
     "spec_of",
@@ -172,3 +173,32 @@ def constrain_batch(x: jax.Array, *, axis: int = 0) -> jax.Array:
         return x
     spec = jax.P(*(("data",) if i == axis % x.ndim else jax.P.UNCONSTRAINED for i in range(x.ndim)))
     return jax.lax.with_sharding_constraint(x, spec) if mesh._any_axis_auto else x
+
+
+def per_device(
+    call: Callable[..., jax.Array], arrays: Sequence[jax.Array], axes: Sequence[Sequence[str | None]], out: Sequence[str | None]
+) -> jax.Array:
+    """call(*arrays) on every device's rows and heads, for kernels that the compiler cannot split; plain where no mesh is in context.
+
+    Args:
+      call: What one device computes.
+      arrays: Its arguments.
+      axes: For each argument what its axes are: "batch" is split over the mesh axis `data`, "heads" over `model`, None is whole. An axis
+        that the mesh does not divide stays whole, in all arguments.
+      out: The same for the result.
+
+    Returns:
+      The result.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh._any_axis_manual:
+        return call(*arrays)
+    names = {"batch": "data", "heads": "model"}
+    lengths: dict[str, list[int]] = {kind: [] for kind in names}
+    for array, kinds in zip(arrays, axes):
+        for length, kind in zip(array.shape, kinds):
+            if kind is not None:
+                lengths[kind].append(length)
+    split = {kind: name for kind, name in names.items() if name in mesh.shape and not any(n % mesh.shape[name] for n in lengths[kind])}
+    specs, spec = [jax.P(*(split.get(kind or "") for kind in kinds)) for kinds in axes], jax.P(*(split.get(kind or "") for kind in out))
+    return jax.shard_map(call, in_specs=tuple(specs), out_specs=spec, check_vma=False)(*arrays)

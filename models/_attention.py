@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
+from janax.jaxlib_ext.kernels import attention as kernels
+
 __all__ = ["FAR", "Form", "Part", "Side", "capped", "joined", "over", "over_itself", "pick"]
 
 FAR = 2**30  # a window that hides nothing
@@ -52,15 +54,30 @@ def _visible(query: Side, key: Side, window: ArrayLike) -> jax.Array:
     return seen if text is None or other is None else seen & (text[:, :, None] == other[:, None, :])
 
 
+def _scores(q: jax.Array, k: jax.Array, mask: jax.Array, softcap: float | None) -> jax.Array:
+    """[b kv g t s] in float32 of q [b t kv g h], k [b s kv h] and mask [b or 1, t, s]."""
+    q, k = q.transpose(0, 2, 3, 1, 4), k.transpose(0, 2, 1, 3)  # heads before tokens: faster on CPU
+    scores = capped(jnp.einsum("bkgth,bksh->bkgts", q, k.astype(q.dtype), preferred_element_type=jnp.float32), softcap)
+    return jnp.where(mask[:, None, None], scores, _NEVER)
+
+
+def _weighted(weights: jax.Array, v: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """[b t kv g h] in float32: sums of v [b s kv h] by weights [b kv g t s], multiplied in `dtype`."""
+    weights, v = weights.astype(dtype), v.astype(dtype).transpose(0, 2, 1, 3)
+    return jnp.moveaxis(jnp.einsum("bkgts,bksh->bkgth", weights, v, preferred_element_type=jnp.float32), 3, 1)
+
+
 def _dot_part(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, softcap: float | None) -> Part:
     """q [b t kv g h], k and v [b s kv h], mask [b or 1, t, s]."""
-    q, k, v = q.transpose(0, 2, 3, 1, 4), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # heads before tokens: faster on CPU
-    scores = capped(jnp.einsum("bkgth,bksh->bkgts", q, k.astype(q.dtype), preferred_element_type=jnp.float32), softcap)
-    scores = jnp.where(mask[:, None, None], scores, _NEVER)
+    scores = _scores(q, k, mask, softcap)
     peak = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - peak)
-    values = jnp.einsum("bkgts,bksh->bkgth", weights.astype(q.dtype), v.astype(q.dtype), preferred_element_type=jnp.float32)
-    return Part(*(jnp.moveaxis(x, 3, 1) for x in (values, peak[..., 0], jnp.sum(weights, axis=-1))))
+    return Part(_weighted(weights, v, q.dtype), *(jnp.moveaxis(x, 3, 1) for x in (peak[..., 0], jnp.sum(weights, axis=-1))))
+
+
+def _whole(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, softcap: float | None) -> jax.Array:
+    """Attention over all keys at once. Normalised before the product, its derivative needs no second one with the values."""
+    return _weighted(jax.nn.softmax(_scores(q, k, mask, softcap), axis=-1), v, q.dtype).astype(q.dtype)
 
 
 def _reduce_part(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, softcap: float | None) -> Part:
@@ -73,6 +90,7 @@ def _reduce_part(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, soft
 
 
 def capped(x: jax.Array, softcap: float | None) -> jax.Array:
+    """c tanh(x / c), or x where there is no cap."""
     return x if softcap is None else softcap * jnp.tanh(x / softcap)
 
 
@@ -93,24 +111,36 @@ def over(form: Form, windows: Sequence[int], query: Side, key: Side) -> Callable
     return part
 
 
-def over_itself(form: Form, windows: Sequence[int], side: Side, *, scanned: bool) -> Callable[..., jax.Array]:
+def over_itself(form: Form, windows: Sequence[int], side: Side, *, scanned: bool, counted: bool) -> Callable[..., jax.Array]:
     """Causal attention of texts over themselves: a few groups of queries, each over the keys before its end.
 
-    The backward pass makes the scores again: they are large, and on CPU to store them takes longer.
+    The backward pass makes the scores again: they are large, and on CPU to store them takes longer. Where they are chunked, accelerators
+    have kernels that make none; those measure windows along the row, so with a window they want positions that are `counted` there.
     """
     t = side.rank.shape[1]
     groups = max(1, min(_GROUPS, t // _GROUP_SIZE))
     spans = list(itertools.pairwise(t * i // groups for i in range(groups + 1)))
     sides = [[jax.tree.map(lambda x: x[:, start:high], side) for start in (low, 0)] for low, high in spans]  # noqa: B023
-    overs = [over(form, windows, *pair) for pair in sides]
+    chunked = form.chunked and t > _CHUNK
+    overs = [over(form, windows, *pair) for pair in sides] if chunked else []
+    masks = [] if chunked else [jnp.stack([_visible(*pair, window) for window in windows]) for pair in sides]
 
     def attention(kind: ArrayLike, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         @functools.partial(jax.checkpoint, prevent_cse=not scanned)
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            parts = [part(kind, q[:, low:high], k[:, :high], v[:, :high]) for part, (low, high) in zip(overs, spans)]
-            return jnp.concatenate([joined([part], q.dtype) for part in parts], axis=1)
+            rows = [(q[:, low:high], k[:, :high], v[:, :high]) for low, high in spans]
+            if chunked:
+                return jnp.concatenate([joined([part(kind, *row)], q.dtype) for part, row in zip(overs, rows)], axis=1)
+            return jnp.concatenate([_whole(*row, pick(mask, kind), form.softcap) for mask, row in zip(masks, rows)], axis=1)
 
-        return attend(q, k, v)
+        def by_kernel(window: int) -> Callable[..., jax.Array]:
+            hides = window < t
+            options = {"window": window if hides else None, "softcap": form.softcap}
+            usable = form.chunked and (counted or not hides)
+            return lambda *qkv: kernels.causal(attend, *qkv, side.segment, **options) if usable else attend(*qkv)
+
+        branches = [by_kernel(window) for window in windows]
+        return jax.lax.switch(kind, branches, q, k, v) if len(branches) > 1 and form.chunked else branches[0](q, k, v)
 
     return attention
 

@@ -47,6 +47,7 @@ __all__ = [
     "init_cache",
     "logits",
     "logits_fn",
+    "output_embedding",
     "stack_layers",
     "unembed",
     "unstack_layers",
@@ -154,6 +155,7 @@ class TransformerConfig:
       remat: What the backward pass recomputes per block: "none", "dots" (all but the matrix products) or "full".
       scan_layers: Scan over stacked blocks: compile time does not grow with depth. False unrolls them. Same parameters, same numbers.
       attention: "xla" takes all queries at once, "flash" 256 at a time: slower for short texts, and memory does not grow with t s.
+        "flash" is a kernel (jaxlib_ext/kernels/attention.py) on TPUs and CUDA GPUs, for texts that do not continue a cache.
     """
 
     vocab_size: int
@@ -508,12 +510,13 @@ def _hidden(
 ) -> jax.Array:
     kinds, numbers = _kinds(config)
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    counted = positions is None
     if positions is None:
         positions = index if segment_ids is None else _layers.segment_positions(segment_ids)
     rope = _rope(config, kinds, positions)
     side = _attention.Side(index, positions, segment_ids)
     scanned = _scanned(config, params["blocks"])
-    attention = _attention.over_itself(_form(config), [kind.window for kind in kinds], side, scanned=scanned)
+    attention = _attention.over_itself(_form(config), [kind.window for kind in kinds], side, scanned=scanned, counted=counted)
 
     def layer(x: jax.Array, params: Any, kind: ArrayLike, _: ArrayLike) -> jax.Array:
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
@@ -531,15 +534,16 @@ def _hidden(
 
 def unembed(config: TransformerConfig, params: Mapping[str, Any]) -> jax.Array:
     """[d v] the matrix that turns `hidden` into logits, in its stored dtype; `config.final_softcap` is not part of it."""
-    return jnp.swapaxes(_unembedding(config, params), 0, 1)
+    return jnp.swapaxes(output_embedding(config, params), 0, 1)
 
 
-def _unembedding(config: TransformerConfig, params: Mapping[str, Any]) -> jax.Array:
+def output_embedding(config: TransformerConfig, params: Mapping[str, Any]) -> jax.Array:
+    """[v d] the same as it is stored: for `jaxlib_ext.fused` with `transposed=True`, which then copies nothing."""
     return params["embed"]["table"] if config.tied else params["unembed"]["kernel"]
 
 
 def _to_logits(config: TransformerConfig, params: Mapping[str, Any], h: jax.Array) -> jax.Array:
-    return _attention.capped(_product(h, _unembedding(config, params), jnp.float32), config.final_softcap)
+    return _attention.capped(_product(h, output_embedding(config, params), jnp.float32), config.final_softcap)
 
 
 def logits(

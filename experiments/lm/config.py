@@ -51,6 +51,8 @@ class ModelConfig:
     """What the network computes in."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass computes again instead of keeping it."""
+    attention: Literal["xla", "flash"] = "xla"
+    """All queries at once, or a few at a time: by a kernel on accelerators. The second for long texts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +145,7 @@ SMOKE = Config(
 
 PAPER = Config(
     text=TextConfig(sequence_length=4096),
-    model=ModelConfig(shape="qwen2.5-7b", dtype="bfloat16", remat="full"),
+    model=ModelConfig(shape="qwen2.5-7b", dtype="bfloat16", remat="full", attention="flash"),
     num_seeds=1,
     train=TrainConfig(num_steps=2000, batch_size=64, checkpoint_every=250, log_every=10),
     optimizer=OptimizerConfig(name="adamw", learning_rate=1e-5, warmup_steps=100, clip_norm=1.0),

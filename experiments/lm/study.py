@@ -78,7 +78,7 @@ class Corpus(NamedTuple):
 def network(config: Config, vocab_size: int | None = None, base: tuple[transformer.TransformerConfig, Any] | None = None) -> Network:
     """The decoder of a configuration: loaded (`base`) or fresh, trained whole or through adapters."""
     shape, weights = base if base is not None else (_SHAPES[config.model.shape], None)
-    shape = dataclasses.replace(shape, dtype=config.model.dtype, remat=config.model.remat)
+    shape = dataclasses.replace(shape, dtype=config.model.dtype, remat=config.model.remat, attention=config.model.attention)
     if vocab_size is not None and base is None:
         shape = dataclasses.replace(shape, vocab_size=vocab_size)
     if config.text.sequence_length > shape.max_length:
@@ -118,11 +118,11 @@ def loss_fn(net: Network) -> training.LossFn:
         params = net.params_of(trained)
         h = transformer.hidden(net.config, params, batch["tokens"], batch["segment_ids"])[:, :-1]
         targets, weights = batch["tokens"][:, 1:], batch["mask"][:, 1:].astype(jnp.float32)
-        w, cap = transformer.unembed(net.config, params), net.config.final_softcap
+        w, options = transformer.output_embedding(net.config, params), {"softcap": net.config.final_softcap, "transposed": True}
         if jax.sharding.get_abstract_mesh().size > 1:  # one more product than below, but gradients are summed over devices once
-            total = -jnp.sum(fused.token_log_probs(h, w, targets, softcap=cap) * weights)
+            total = -jnp.sum(fused.token_log_probs(h, w, targets, **options) * weights)
         else:
-            total = fused.weighted_nll(h, w, targets, weights, softcap=cap)
+            total = fused.weighted_nll(h, w, targets, weights, **options)
         count = jnp.sum(weights)
         return total / jnp.maximum(count, 1.0), {"weight": count}
 

@@ -31,10 +31,10 @@ def _popen(command, cwd, environment):
 
 @pytest.fixture(scope="session")
 def start():
-    """Starts `janax ARGUMENTS` for the toy experiment, on one CPU device or more."""
+    """Starts a command, by default `janax` for the toy experiment, on one CPU device or more."""
 
-    def start(*arguments, cwd, devices=1, **environment):
-        return _popen([_TOY, *arguments], cwd, environment | {"JAX_NUM_CPU_DEVICES": str(devices)})
+    def start(*arguments, cwd, devices=1, script=(_TOY,), **environment):
+        return _popen([*script, *arguments], cwd, environment | {"JAX_NUM_CPU_DEVICES": str(devices)})
 
     return start
 

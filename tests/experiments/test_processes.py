@@ -215,3 +215,23 @@ def test_the_bdia_study_of_real_weights_runs_in_two_processes(pair, tmp_path):
     table = {row[0]: row for row in next(t for t in results.tables if t.title.startswith("Latents")).rows}
     assert table["BDIA"][2] < 1e-8 and table["O-BELM"][2] < 1e-6 and table["DDIM"][2] > 10 * table["BDIA"][2]
     assert (tmp_path / "run" / "figures" / "latents.png").exists()
+
+
+@pytest.mark.slow
+def test_a_language_model_of_two_processes_goes_on_in_one(start, pair, tmp_path):
+    """Twenty steps and more in two processes of four devices, and on in one of eight: the losses of one process all along."""
+    fields = {"train.num-steps": 60, "train.checkpoint-every": 20, "train.log-every": 1, "mesh.model": 2}
+    command = ("run", "lm", "--preset", "smoke", *(str(x) for name, value in fields.items() for x in (f"--{name}", value)))
+    reference, workdir = tmp_path / "reference", tmp_path / "run"
+    finish([start(*command, "--workdir", reference, cwd=tmp_path, devices=8, script=JANAX)])
+
+    both = pair(*command, "--workdir", workdir, "--distributed", cwd=tmp_path, script=JANAX)
+    wait_for_step(both, workdir, 20)
+    both[0].send_signal(signal.SIGTERM)
+    finish(both)
+    assert 20 <= stopped_at(workdir) < 60
+
+    finish([start(*command, "--workdir", workdir, cwd=tmp_path, devices=8, script=JANAX)])
+    ours, theirs = ([row["loss"] for row in read_rows(run / "metrics.jsonl") if "loss" in row] for run in (workdir, reference))
+    assert len(ours) == len(theirs) == 60
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)

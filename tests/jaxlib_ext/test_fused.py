@@ -66,6 +66,19 @@ def test_values_and_gradients(kind, softcap, temperature, vocab_chunk, token_chu
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("vocab_chunk", [None, 7])
+def test_transposed(kind, vocab_chunk, x64, strict):
+    """The same numbers from w as embeddings are stored."""
+    h, w, bias, tokens, c = problem()
+    plain, turned = (loss(kind, softcap=3.0, vocab_chunk=vocab_chunk, transposed=transposed) for transposed in (False, True))
+    got = jax.jit(jax.value_and_grad(turned, argnums=(0, 1, 2, 3, 4)))(h, w.T, bias, 0.7, c, tokens)
+    wanted = jax.jit(jax.value_and_grad(plain, argnums=(0, 1, 2, 3, 4)))(h, w, bias, 0.7, c, tokens)
+    np.testing.assert_allclose(got[0], wanted[0], rtol=1e-12)
+    for i, (ours, theirs) in enumerate(zip(got[1], wanted[1])):
+        np.testing.assert_allclose(ours.T if i == 1 else ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_finite_differences(kind, x64):
     h, w, bias, tokens, c = problem(n=3, d=2, v=9, forbid=())
     value = functools.partial(loss(kind, softcap=3.0, vocab_chunk=4, token_chunk=2), tokens=tokens)
@@ -264,17 +277,25 @@ def check_on_mesh(kind, got):
         np.testing.assert_allclose(np.asarray(ours), theirs, rtol=2e-4, atol=2e-5 * np.abs(theirs).max())
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("kind", ["token_log_probs", "keep_expectation", "weighted_nll"])
-def test_sharded_under_jit(kind, mesh):
-    arrays = mesh_problem()
-    static = {"softcap": 6.0, "vocab_chunk": 512, "token_chunk": 10 if kind == "weighted_nll" else None}
+def test_sharded_under_jit(kind, transposed, mesh):
+    arrays, specs = list(mesh_problem()), list(SPECS)
+    static = {"softcap": 6.0, "vocab_chunk": 512, "token_chunk": 10 if kind == "weighted_nll" else None, "transposed": transposed}
+    if transposed:
+        arrays[1], specs[1] = arrays[1].T, jax.P("model", None)
     f = jax.value_and_grad(loss(kind, **static), argnums=DIFFERENTIATED[:4])
+
+    def check(got):
+        total, (to_h, to_w, *rest) = got
+        check_on_mesh(kind, (total, (to_h, to_w.T if transposed else to_w, *rest)))
+
     if mesh is None:
-        check_on_mesh(kind, jax.jit(f)(*arrays))
+        check(jax.jit(f)(*arrays))
         return
-    arrays = tuple(jax.device_put(x, jax.NamedSharding(mesh, spec)) for x, spec in zip(arrays, SPECS))
-    compiled = jax.jit(f, out_shardings=(None, tuple(jax.NamedSharding(mesh, s) for s in SPECS[:4]))).lower(*arrays).compile()
-    check_on_mesh(kind, compiled(*arrays))
+    arrays = tuple(jax.device_put(x, jax.NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs))
+    compiled = jax.jit(f, out_shardings=(None, tuple(jax.NamedSharding(mesh, s) for s in specs[:4]))).lower(*arrays).compile()
+    check(compiled(*arrays))
     assert {name for _, name in collectives(compiled)} == {"all-reduce"}  # nothing is gathered, least of all `w`
 
 

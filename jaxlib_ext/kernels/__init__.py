@@ -1,0 +1,1 @@
+"""Kernels of the accelerators, each beside the plain form that it must equal."""

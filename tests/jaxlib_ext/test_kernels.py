@@ -1,0 +1,95 @@
+"""Kernels beside the plain form, interpreted on CPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from janax.jaxlib_ext.kernels import attention
+
+B, T, KV, G, H = 2, 200, 2, 3, 64  # neither length nor width suits the kernels: both are padded
+
+
+def plain(q, k, v, segment_ids, window, softcap):
+    """The definition, all scores at once."""
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k)
+    scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+    behind = jnp.arange(T)[:, None] - jnp.arange(T)[None, :]
+    seen = (behind >= 0) & (behind < (T if window is None else window))
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    weights = jax.nn.softmax(jnp.where((seen[None] & same)[:, None, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, v)
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, weights = (jax.random.normal(key, (B, T, KV, G, H)) * scale for key, scale in ((keys[0], H**-0.5), (keys[3], 1.0)))
+    k, v = (jax.random.normal(key, (B, T, KV, H)) for key in keys[1:3])
+    segments = jnp.asarray(np.stack([np.repeat([1, 2, 0], [90, 80, 30]), np.ones(T, int)]))
+    return q, k, v, segments, weights
+
+
+KERNELS = [
+    ("splash", {"window": None, "softcap": None}),
+    ("splash", {"window": 17, "softcap": None}),
+    ("splash", {"window": 150, "softcap": 3.0}),
+    ("triton", {}),
+]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("name", "options"), KERNELS)
+def test_kernels_equal_the_definition(arrays, name, options, packed):
+    q, k, v, segments, weights = arrays
+    kernel = getattr(attention, name)
+    expected = {"window": None, "softcap": None} | options
+
+    def ours(*qkv):
+        return jnp.sum(weights * kernel(*qkv, segments if packed else None, interpret=True, **options))
+
+    def theirs(*qkv):
+        return jnp.sum(weights * plain(*qkv, segments if packed else jnp.zeros_like(segments), **expected))
+
+    value, gradients = jax.value_and_grad(ours, (0, 1, 2))(q, k, v)
+    wanted, wanted_gradients = jax.value_and_grad(theirs, (0, 1, 2))(q, k, v)
+    assert abs(float(value - wanted)) <= 1e-4  # a sum of 153 600 products of size one, in float32
+    for one, other in zip(gradients, wanted_gradients):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_elsewhere_the_plain_form_runs(arrays):
+    q, k, v, segments, _ = arrays
+    out = jax.jit(lambda *qkv: attention.causal(lambda q, k, v: q + jnp.mean(v), *qkv, segments, window=5))(q, k, v)
+    np.testing.assert_allclose(out, q + jnp.mean(v), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (64, 20.0)])
+def test_lowers_to_the_kernel_for_tpu(window, softcap):
+    """The forward and both backward kernels stand in a program for TPU, split over rows and heads of a mesh."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    q, k = jax.ShapeDtypeStruct((4, 256, 2, 2, 128), jnp.bfloat16), jax.ShapeDtypeStruct((4, 256, 2, 128), jnp.bfloat16)
+    segments = jax.ShapeDtypeStruct((4, 256), jnp.int32)
+
+    def loss(q, k, v, segments):
+        out = attention.causal(lambda q, k, v: q, q, k, v, segments, window=window, softcap=softcap)
+        return jnp.sum(out.astype(jnp.float32))
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, k, segments).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") == 3
+    assert "tensor<1x1x256" in text or "tensor<1x1x2x256x128" in text  # rows and heads of one device
+
+
+def test_one_kernel_per_device_equals_one_device(arrays):
+    q, k, v, segments, _ = (jnp.concatenate([x, x]) for x in arrays)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    alone = attention.triton(q, k, v, segments, interpret=True)
+
+    def split(*arrays):
+        axes = (("batch", None, "heads", None, None), *(("batch", None, "heads", None),) * 2, ("batch", None))
+        call = lambda *x: attention.triton(*x, interpret=True)  # noqa: E731
+        return attention.sharding.per_device(call, arrays, axes, axes[0])
+
+    with jax.set_mesh(mesh):
+        np.testing.assert_allclose(jax.jit(split)(q, k, v, segments), alone, atol=1e-6)
