@@ -27,6 +27,7 @@ __all__ = [
     "path_string",
     "per_device",
     "place",
+    "placed",
     "shardings",
     "spec_of",
     "specs",
@@ -202,3 +203,20 @@ def per_device(
     split = {kind: name for kind, name in names.items() if name in mesh.shape and not any(n % mesh.shape[name] for n in lengths[kind])}
     specs, spec = [jax.P(*(split.get(kind or "") for kind in kinds)) for kinds in axes], jax.P(*(split.get(kind or "") for kind in out))
     return jax.shard_map(call, in_specs=tuple(specs), out_specs=spec, check_vma=False)(*arrays)
+
+
+def placed(call: Callable[..., Any], like: Callable[[Callable[[Any], jax.P]], Any], *args: Any) -> Any:
+    """call(*args) with the placement inside left to the compiler, on meshes with explicit axes too.
+
+    Args:
+      call: What to compute; arrays come as arguments, not by closure.
+      like: (spec) -> the tree of `jax.P` of the result, where spec(x) is that of an array; asked on explicit axes only.
+      args: Trees of arrays, or None.
+
+    Returns:
+      The result, placed as `like` says.
+    """
+    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+        return call(*args)
+    auto: Any = jax.sharding.auto_axes(call, out_sharding=like(lambda x: jax.typeof(x).sharding.spec))
+    return auto(*args)

@@ -143,11 +143,3 @@ def run(graph: Any, params: Mapping[str, Any], z: jax.Array, t: jax.Array, cond:
         placed: Any = jax.sharding.auto_axes(call, out_sharding=jax.typeof(z).sharding.spec)
         return placed(dict(params), z, jnp.atleast_1d(t), jnp.atleast_1d(cond))
     return call(dict(params), z, jnp.atleast_1d(t), jnp.atleast_1d(cond))
-
-
-def placed(call: Callable[..., Any], like: Callable[[Callable[[Any], jax.P]], Any], *args: Any) -> Any:
-    """call(*args); on a mesh with explicit axes, the compiler places what is inside, and the result as `like` makes it of arrays' specs."""
-    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
-        return call(*args)
-    auto: Any = jax.sharding.auto_axes(call, out_sharding=like(lambda x: jax.typeof(x).sharding.spec))
-    return auto(*args)

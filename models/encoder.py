@@ -392,7 +392,7 @@ def _run(
         z = jnp.einsum("btd,dv->btv", h, kernel.astype(h.dtype), preferred_element_type=jnp.float32)
         return z + bias.astype(z.dtype)[None, None]
 
-    return _layers.placed(call, lambda spec: jax.P(*spec(tokens), None), tokens, params, *rest)
+    return sharding.placed(call, lambda spec: jax.P(*spec(tokens), None), tokens, params, *rest)
 
 
 def head_hidden(config: EncoderConfig, params: Mapping[str, Any], h: jax.Array) -> jax.Array:
@@ -412,7 +412,7 @@ def head_hidden(config: EncoderConfig, params: Mapping[str, Any], h: jax.Array) 
     _check_head("encoder.head_hidden", config)
     checks.check_shapes("encoder.head_hidden", h=(h, f"... {config.width}"))
     check_params("encoder.head_hidden", config, params)
-    return _layers.placed(lambda h, params: _merge(config, params).before_unembedding(h), lambda spec: spec(h), h, params)
+    return sharding.placed(lambda h, params: _merge(config, params).before_unembedding(h), lambda spec: spec(h), h, params)
 
 
 def unembed(config: EncoderConfig, params: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
@@ -466,7 +466,7 @@ def pool(config: EncoderConfig, params: Mapping[str, Any], h: jax.Array, segment
         rows = jax.P(*spec(h)[:1], None)
         return Pooled(rows, rows if config.pooler else None)  # type: ignore[arg-type]
 
-    return _layers.placed(call, like, h, real, params)
+    return sharding.placed(call, like, h, real, params)
 
 
 def hidden_fn(config: EncoderConfig) -> Callable[..., jax.Array]:

@@ -502,7 +502,7 @@ def hidden(
     """
     arrays = _layers.check_tokens("transformer.hidden", tokens, segment_ids=segment_ids, positions=positions)
     check_params("transformer.hidden", config, params)
-    return _layers.placed(functools.partial(_hidden, config), lambda spec: jax.P(*spec(arrays[0]), None), params, *arrays)
+    return sharding.placed(functools.partial(_hidden, config), lambda spec: jax.P(*spec(arrays[0]), None), params, *arrays)
 
 
 def _hidden(
@@ -560,7 +560,7 @@ def logits(
     def call(params: Mapping[str, Any], *arrays: Any) -> jax.Array:
         return _to_logits(config, params, _hidden(config, params, *arrays))
 
-    return _layers.placed(call, lambda spec: jax.P(*spec(arrays[0]), None), params, *arrays)
+    return sharding.placed(call, lambda spec: jax.P(*spec(arrays[0]), None), params, *arrays)
 
 
 def init_cache(config: TransformerConfig, batch: int, length: int, dtype: DTypeLike | None = None) -> Cache:
@@ -649,7 +649,7 @@ def _extend(
     def like(spec: Callable[[Any], jax.P]) -> Any:
         return jax.P(*spec(rows)[:1], *(None,) * (1 if last else 2)), jax.tree.map(spec, cache)
 
-    return _layers.placed(call, like, params, cache, rows, count, prefix)
+    return sharding.placed(call, like, params, cache, rows, count, prefix)
 
 
 def _appended(

@@ -64,9 +64,17 @@ def test_elsewhere_the_plain_form_runs(arrays):
     np.testing.assert_allclose(out, q + jnp.mean(v), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("window", "softcap"), [(None, None), (64, 20.0)])
-def test_lowers_to_the_kernel_for_tpu(window, softcap):
-    """The forward and both backward kernels stand in a program for TPU, split over rows and heads of a mesh."""
+@pytest.mark.parametrize(
+    ("platform", "window", "softcap", "kernel", "count"),
+    [
+        ("tpu", None, None, "tpu_custom_call", 3),
+        ("tpu", 64, 20.0, "tpu_custom_call", 3),
+        ("cuda", None, None, "gpu.triton", 3),
+        ("cuda", 64, None, "gpu.triton", 0),
+    ],
+)
+def test_lowers_to_the_kernel(platform, window, softcap, kernel, count):
+    """The forward and both backward kernels stand in a program for the platform, split over rows and heads of a mesh."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     q, k = jax.ShapeDtypeStruct((4, 256, 2, 2, 128), jnp.bfloat16), jax.ShapeDtypeStruct((4, 256, 2, 128), jnp.bfloat16)
     segments = jax.ShapeDtypeStruct((4, 256), jnp.int32)
@@ -76,9 +84,9 @@ def test_lowers_to_the_kernel_for_tpu(window, softcap):
         return jnp.sum(out.astype(jnp.float32))
 
     with jax.set_mesh(mesh):
-        text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, k, segments).lower(lowering_platforms=("tpu",)).as_text()
-    assert text.count("tpu_custom_call") == 3
-    assert "tensor<1x1x256" in text or "tensor<1x1x2x256x128" in text  # rows and heads of one device
+        text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, k, segments).lower(lowering_platforms=(platform,)).as_text()
+    assert text.count(kernel) == count
+    assert not count or "tensor<1x1x2x256x128" in text or "tensor<1x256x2x128" in text  # rows and heads of one device
 
 
 def test_one_kernel_per_device_equals_one_device(arrays):
