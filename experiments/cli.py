@@ -324,7 +324,7 @@ def _compile(argv: list[str], experiments: Sequence[str | ModuleType]) -> int:
             raise UserError(f"--json {options.json} cannot be written: {(error.strerror or str(error)).lower()}") from error
     misfits = [analysis.name for _, analysis in analyses if not analysis.fits]
     if misfits:
-        print(f"janax: {', '.join(misfits)} does not fit; try a larger --topology or a longer --mesh.model", file=sys.stderr)
+        print(f"janax: {', '.join(misfits)} does not fit; try a larger --topology or another --mesh.model", file=sys.stderr)
     return 1 if misfits else 0
 
 
