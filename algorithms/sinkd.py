@@ -235,7 +235,7 @@ def loss(
         raise ValueError(f"{name}: 'group_size' is {group_size}, expected a divisor of the {n} rows")
     solve = functools.partial(_loss, n // size, cost, num_iters, derivative, value, scale, domain)
     numbers = (temperature, epsilon, tolerance, anchor)
-    everywhere = SinkdInfo(*(jax.P(),) * len(SinkdInfo._fields))
+    everywhere = SinkdInfo._make([jax.P()] * len(SinkdInfo._fields))
     return sharding.placed(solve, lambda _: (jax.P(), everywhere), student_logits, teacher_logits, mask, labels, numbers)
 
 

@@ -120,10 +120,14 @@ def over_itself(form: Form, windows: Sequence[int], side: Side, *, scanned: bool
     t = side.rank.shape[1]
     groups = max(1, min(_GROUPS, t // _GROUP_SIZE))
     spans = list(itertools.pairwise(t * i // groups for i in range(groups + 1)))
-    sides = [[jax.tree.map(lambda x: x[:, start:high], side) for start in (low, 0)] for low, high in spans]  # noqa: B023
+
+    def cut(low: int, high: int) -> Side:
+        return jax.tree.map(lambda x: x[:, low:high], side)
+
+    sides = [(cut(low, high), cut(0, high)) for low, high in spans]
     chunked = form.chunked and t > _CHUNK
-    overs = [over(form, windows, *pair) for pair in sides] if chunked else []
-    masks = [] if chunked else [jnp.stack([_visible(*pair, window) for window in windows]) for pair in sides]
+    overs = [over(form, windows, query, key) for query, key in sides] if chunked else []
+    masks = [] if chunked else [jnp.stack([_visible(query, key, window) for window in windows]) for query, key in sides]
 
     def attention(kind: ArrayLike, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         @functools.partial(jax.checkpoint, prevent_cse=not scanned)
@@ -137,7 +141,8 @@ def over_itself(form: Form, windows: Sequence[int], side: Side, *, scanned: bool
             hides = window < t
             options = {"window": window if hides else None, "softcap": form.softcap}
             usable = form.chunked and (counted or not hides)
-            return lambda *qkv: kernels.causal(attend, *qkv, side.segment, **options) if usable else attend(*qkv)
+            kernel = lambda q, k, v: kernels.causal(attend, q, k, v, side.segment, **options)  # noqa: E731
+            return kernel if usable else attend
 
         branches = [by_kernel(window) for window in windows]
         return jax.lax.switch(kind, branches, q, k, v) if len(branches) > 1 and form.chunked else branches[0](q, k, v)

@@ -165,7 +165,7 @@ def pack(documents: Sequence[Document], encode: Encode, end: int, row_length: in
             cut = slice(start, start + row_length)
             if mask[cut][1:].any():
                 pieces.append((tokens[cut], np.concatenate([[False], mask[cut][1:]])))
-    row, segment, start = scoring.fit_rows([len(tokens) for tokens, _ in pieces], row_length)
+    row, segment, start = scoring.fit_rows(np.array([len(tokens) for tokens, _ in pieces], np.int64), row_length)
     shape = (int(row.max(initial=-1)) + 1, row_length)
     packed = Rows(np.full(shape, end, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool))
     for (tokens, mask), *here in zip(pieces, row, segment, start):

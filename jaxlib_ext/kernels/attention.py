@@ -7,6 +7,7 @@ Both kernels come with JAX (`jax.experimental.pallas.ops`); here they get shapes
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +102,7 @@ def splash(
     )
     ids = None if segment_ids is None else _padded(segment_ids, {1: size})
 
-    def row(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None) -> jax.Array:
+    def row(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None) -> Any:
         segments = None if ids is None else kernels.SegmentIds(ids, ids)
         return jax.vmap(lambda q, k, v: kernel(q, k, v, segments))(q, k, v)
 
