@@ -208,6 +208,7 @@ def test_diffusion_keeps_the_marginals(prediction):
         assert abs(float(jnp.std(x)) / expected - 1) < 5 / np.sqrt(2 * 8192) + 0.02
 
 
+@pytest.mark.slow
 def test_diffusion_gradient_and_vmap(vp):
     grid = vp.grid(8)
     z = jnp.asarray(vp.start(grid, batch=4), jnp.float32)

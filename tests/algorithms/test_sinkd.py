@@ -213,7 +213,7 @@ def test_vmap_bfloat16_and_one_trace():
         traced(student[0], number, 1 + number)
 
 
-@pytest.mark.parametrize("value", ["transport", "debiased"])
+@pytest.mark.parametrize("value", ["transport", pytest.param("debiased", marks=pytest.mark.slow)])
 def test_on_meshes(value, mesh):
     student, teacher = (x.astype(np.float32) for x in problem(16, 6))
     f = jax.jit(jax.value_and_grad(lambda s, t: loss(s, t, value=value, num_iters=50)[0]))

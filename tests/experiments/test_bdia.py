@@ -102,6 +102,7 @@ def test_paper_preset_asks_for_weights(tmp_path, capsys):
     assert "latents.weights must name a directory with DiT weights" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:encode")  # ten O-BELM steps in float32 are meant to be hard
 def test_latents_study_on_a_tiny_checkpoint(tmp_path):
     """The paper-scale code path on the golden DiT: real loading, mesh of eight, four samplers, a report."""

@@ -46,6 +46,7 @@ def test_generate_continues_a_prompt(tiny_model, model, capsys):
     assert capsys.readouterr().out == "a few" + model.tokenizer.decode(tokens[len(start) :], skip_special_tokens=True) + "\n"
 
 
+@pytest.mark.slow
 def test_several_samples_and_the_same_seed(tiny_model, capsys):
     arguments = ["generate", "--model", str(tiny_model), "--prompt", "words", "--num-samples", "3", "--max-tokens", "6"]
     runs = []

@@ -142,6 +142,7 @@ def test_adapters_need_weights(tmp_path):
         lm.run(config, session)
 
 
+@pytest.mark.slow
 def test_adapters_of_a_loaded_model_on_chats(tmp_path, tiny_model):
     """Tuning on what the assistant says, over eight devices; the adapter comes back, and the base is as it was."""
     talk = [{"role": "user", "content": "a few words"}, {"role": "assistant", "content": "and a few more words to merge"}]

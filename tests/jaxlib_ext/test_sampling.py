@@ -396,6 +396,7 @@ def test_grouping_does_not_matter():
     assert not np.array_equal(whole.tokens[:4], run(PROMPTS[:4], request_ids=range(4, 8), stop_tokens=[3]).tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots,refill_at,drain", [(1, None, None), (3, 1, (2, 1)), (3, 3, ()), (11, 4, None)])
 def test_refill_order_does_not_matter(slots, refill_at, drain):
     options = {"stop_tokens": [3, 7], "stop_sequences": sampling.pad_sequences([[20, 4], [1]]), "pad_token": 5}

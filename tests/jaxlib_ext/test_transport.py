@@ -169,7 +169,8 @@ def test_exact_is_as_near_as_unrolled_in_float32(epsilon, x64):
 
     truth = run("exact", jnp.float64)
     ours, autodiff = (np.linalg.norm(run(kind, jnp.float32) - truth) / np.linalg.norm(truth) for kind in ("exact", "unrolled"))
-    assert ours <= 2 * autodiff + 1e-6 and ours < 1e-3
+    rounding = np.max(arguments[0]) / epsilon * 2.0**-24  # of one exponent; a gradient is made of plans, each off by some of these
+    assert ours <= max(2 * autodiff, 8 * rounding) and ours < 1e-3
 
 
 @pytest.mark.parametrize("name", ["plain", "unbalanced", "counting and relaxed", "epsilon scaling"])
@@ -437,6 +438,7 @@ def test_the_limit_of_iterations_is_kept(x64):
     chex.assert_trees_all_close(out.f, solve(cost, log_a, log_b, epsilon=0.02, num_iters=13).f, atol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("derivative", ["exact", "implicit"])
 def test_vmap_is_a_leading_axis(derivative, x64):
     cost, log_a, log_b = problem()
@@ -480,6 +482,7 @@ def test_traced_once():
         run(cost, 0.1 + k, 1.0 + k, 1.0 + 0.1 * k, 1e-3 * k, 2.0 + k)
 
 
+@pytest.mark.slow
 def test_relaxation_helps(x64):
     """A slow problem, a noisy permutation: the rate of the plain iterations gives the relaxation."""
     rng = np.random.default_rng(9)
@@ -542,6 +545,7 @@ def test_points_never_hold_the_matrix(derivative):
     assert program.memory_analysis().temp_size_in_bytes < 0.4 * 4 * n * n
 
 
+@pytest.mark.slow
 def test_memory_of_the_exact_derivative():
     """Potentials of each step, not matrices: twice the iterations cost next to nothing; by autodiff they cost all."""
     n = 256
@@ -575,9 +579,12 @@ def test_sharded_rows(derivative, dtype, mesh, x64):
     else:
         specs = (jax.P(("data", "model"), None), jax.P(("data", "model")), jax.P())
         got = run(*(jax.device_put(x, jax.NamedSharding(mesh, spec)) for x, spec in zip((cost, log_a, log_b), specs)))
-    chex.assert_trees_all_close(got, expected, atol=1e-6 if dtype == "float32" else 1e-12, rtol=0)
+    # Sums over devices are made in another order: some units of rounding of the potentials, which are at most the cost's size.
+    unit = np.max(cost) * np.finfo(dtype).eps
+    chex.assert_trees_all_close(got, expected, atol=max(8 * unit, 1e-12), rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("derivative", ["exact", "implicit"])
 def test_sharded_problems(derivative, mesh):
     cost, log_a, log_b = problem(6, 5, (8,), dtype=np.float32)

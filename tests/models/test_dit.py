@@ -211,6 +211,7 @@ def test_published_sizes_and_rules(config, millions):
             assert {"data", "model"} <= set(spec), (path, spec)
 
 
+@pytest.mark.slow
 def test_digits_preset_learns():
     """Twenty Adam steps on one batch take a third off the loss."""
     config, optimizer = presets.DIT_DIGITS, optax.adam(3e-3)

@@ -133,6 +133,7 @@ def test_padding_and_packing_change_nothing(family, attention, monkeypatch):
             np.testing.assert_allclose(logits[row][segments[row] == name], expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["xla", "flash"])
 def test_groups_and_chunks_of_queries_change_nothing(params, attention, monkeypatch):
     tokens, ids = _tokens(2, 21), np.array([[0] * 3 + [1] * 9 + [2] * 9, [1] * 17 + [0] * 4])
@@ -146,6 +147,7 @@ def test_groups_and_chunks_of_queries_change_nothing(params, attention, monkeypa
         chex.assert_trees_all_close(actual[1], expected[1], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_long_text_needs_no_matrix_of_attention():
     config = dataclasses.replace(RICH, attention="flash", remat="full", max_length=4096)
     tokens = jax.ShapeDtypeStruct((1, 4096), jnp.int32)

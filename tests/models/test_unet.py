@@ -122,6 +122,7 @@ def test_bfloat16_compute_is_close(params, batch, strict):
     assert error < 0.05  # some twenty roundings to 8 bits, 2^-9 each
 
 
+@pytest.mark.slow
 def test_remat_does_not_change_numbers_and_all_parameters_matter(batch):
     z, sigma, cond = batch
     batch = z[:, :2, :2], sigma, cond
