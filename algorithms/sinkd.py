@@ -429,7 +429,7 @@ class Recipe(NamedTuple):
     """Constants of an objective.
 
     Attributes:
-      alpha: Share of the distillation loss L_KD; 1 - alpha is that of the labels' cross-entropy.
+      alpha: Factor of the distillation loss L_KD.
       beta: Factor of the Sinkhorn term.
       weight: Another factor of it, w.
       temperature: T of L_KD; with `anneal` at the first epoch.
@@ -437,6 +437,7 @@ class Recipe(NamedTuple):
       transport_temperature: tau of the Sinkhorn term.
       epsilon: Its entropy weight.
       num_iters: Its iterations.
+      label_weight: Factor of the labels' cross-entropy; None is 1 - alpha.
     """
 
     alpha: float
@@ -447,6 +448,7 @@ class Recipe(NamedTuple):
     transport_temperature: float = 2.0
     epsilon: float = 0.1
     num_iters: int = 20
+    label_weight: float | None = None
 
 
 GLUE = {
@@ -460,8 +462,8 @@ GLUE = {
 }
 """The published scripts of BERT-base to a BERT of six layers, by task."""
 
-T0 = Recipe(alpha=0.1, beta=1.0, weight=0.0008, temperature=1.0)
-"""SuperGLUE with T0, whose objective is L_CE + alpha KL + beta w L_SD: see `objective`'s `labels_in_full`."""
+T0 = Recipe(alpha=0.1, beta=1.0, weight=0.0008, temperature=1.0, label_weight=1.0)
+"""SuperGLUE with T0: L_CE + 0.1 L_KD + 0.0008 L_SD (its KL is L_KD less the teacher's entropy; the gradient is the same)."""
 
 
 class ObjectiveInfo(NamedTuple):
@@ -516,7 +518,6 @@ def objective(
     recipe: Recipe,
     mask: ArrayLike | None = None,
     temperature: ArrayLike | None = None,
-    labels_in_full: bool = False,
 ) -> tuple[jax.Array, ObjectiveInfo]:
     """(1 - alpha) L_CE + alpha L_KD + beta w L_SD, L_SD summed over rows as in the official code.
 
@@ -524,10 +525,9 @@ def objective(
       student_logits: [n v] student logits.
       teacher_logits: [n v] teacher logits, a constant.
       labels: [n] integer classes.
-      recipe: Constants, `GLUE["sst2"]` or your own. Static, but for its floats, which may be traced.
+      recipe: Constants, `GLUE["sst2"]`, `T0` or your own. Static, but for its floats, which may be traced.
       mask: [n] non-zero where a row counts.
       temperature: [] T of L_KD, if not the recipe's: see `annealed_temperature`. Traced.
-      labels_in_full: L_CE + alpha L_KD + beta w L_SD, as for T0. Static.
 
     Returns:
       The loss [] and `ObjectiveInfo`.
@@ -556,8 +556,8 @@ def objective(
         num_iters=recipe.num_iters,
         scale="paper_sum",
     )
-    by_labels = cross_entropy if labels_in_full else (1 - recipe.alpha) * cross_entropy
-    total = by_labels + recipe.alpha * distillation + recipe.beta * recipe.weight * moved
+    label_weight = 1 - recipe.alpha if recipe.label_weight is None else recipe.label_weight
+    total = label_weight * cross_entropy + recipe.alpha * distillation + recipe.beta * recipe.weight * moved
     return total, ObjectiveInfo(*jax.lax.stop_gradient((cross_entropy, distillation, moved)), info)
 
 

@@ -234,7 +234,8 @@ def _scores(config: Any, params: Any, prefix_tokens: Any, prefix_length: Any, to
     _, prefix = transformer.extend(config, params, transformer.init_cache(config, *prefix_tokens.shape), prefix_tokens, prefix_length)
     own = sampling.branch(prefix, num_branches=tokens.shape[0], capacity=tokens.shape[1])
     h, _ = transformer.extend(config, params, own, tokens, prefix=prefix)
-    values = fused.token_log_probs(h, transformer.unembed(config, params), targets, softcap=config.final_softcap)
+    w = transformer.output_embedding(config, params)
+    values = fused.token_log_probs(h, w, targets, softcap=config.final_softcap, transposed=True)
     return (values * weights).sum(axis=1)
 
 

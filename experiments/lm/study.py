@@ -235,7 +235,7 @@ def run(config: Config, session: Session) -> report.Results:
     for seed in range(config.num_seeds):
         settings = dataclasses.replace(config.train, seed=config.train.seed + seed)
         name = f"seed{settings.seed}"
-        batches = _Timed(text.batches(corpus.train, config.train.batch_size, settings.seed))
+        batches = _Timed(text.batches(corpus.train, config.train.batch_size, settings.seed), config.train.log_every)
         state = training.fit(
             loss_fn(net),
             net.init,
@@ -259,18 +259,22 @@ def run(config: Config, session: Session) -> report.Results:
 
 
 class _Timed:
-    """A batch function that remembers when it was called."""
+    """A batch function that remembers when it was called.
 
-    def __init__(self, batch_fn: training.BatchFn):
-        self._batch_fn, self._times = batch_fn, []
+    Steps are dispatched ahead of the device, which is waited for once in `window` calls (`train.log_every`): single gaps mean nothing.
+    """
+
+    def __init__(self, batch_fn: training.BatchFn, window: int):
+        self._batch_fn, self._window, self._times = batch_fn, window, []
 
     def __call__(self, position: int) -> Any:
         self._times.append(time.perf_counter())
         return self._batch_fn(position)
 
     def rate(self) -> float | None:
-        """Steps per second, the median without the first calls, which wait for the compiler; None after fewer than eight calls."""
-        return float(1 / np.median(np.diff(self._times[3:]))) if len(self._times) >= 8 else None
+        """Steps per second, the median over windows without the first two, which hold the compiler's work; None if fewer than two are left."""
+        gaps = np.diff(self._times[:: self._window])[2:]
+        return float(self._window / np.median(gaps)) if len(gaps) >= 2 else None
 
 
 def _load(config: Config, session: Session, mesh: Any) -> tuple[tuple[transformer.TransformerConfig, Any], Any]:

@@ -45,7 +45,9 @@ def causal(
       softcap: Scores become c tanh(score / c). Static.
 
     Returns:
-      [b t kv g h] in q's dtype. Differentiable once, in reverse mode, where a kernel runs.
+      [b t kv g h] in q's dtype (float32, bfloat16 or float16; sums are float32). Differentiable once, in reverse mode, where a kernel runs.
+
+    Reference: Dao et al., arXiv:2205.14135 (exact attention by tiles).
     """
     arrays, axes = ((q, k, v), (_Q, _KV, _KV)) if segment_ids is None else ((q, k, v, segment_ids), (_Q, _KV, _KV, _SEGMENTS))
 

@@ -165,11 +165,13 @@ def test_objective(x64):
     f = jax.jit(lambda alpha, tau: sinkd.objective(student, teacher, labels, recipe=sinkd.Recipe(alpha=alpha, temperature=tau)))
     assert len(sinkd.GLUE) == 7
     for recipe in sinkd.GLUE.values():
-        assert recipe[1:3] == (0.8, 0.001) and recipe[5:] == (2.0, 0.1, 20)
+        assert recipe[1:3] == (0.8, 0.001) and recipe[5:] == (2.0, 0.1, 20, None)
         value, info = f(recipe.alpha, recipe.temperature)
         wanted = reference.objective(student, teacher, labels, recipe.alpha, 0.8, 0.001, recipe.temperature)
         np.testing.assert_allclose(value, wanted, rtol=1e-9)
     np.testing.assert_allclose(info.sinkhorn, reference.loss(student, teacher)[0], rtol=1e-9)
+    value, info = jax.jit(lambda: sinkd.objective(student, teacher, labels, recipe=sinkd.T0))()
+    np.testing.assert_allclose(value, info.cross_entropy + 0.1 * info.distillation + 0.0008 * info.sinkhorn, rtol=1e-12)
     assert sinkd.annealed_temperature(3.0, 0, 10) == 3 and sinkd.annealed_temperature(3.0, 9, 10) == 1 == sinkd.T0.temperature
 
 

@@ -172,3 +172,14 @@ def test_only_what_the_assistant_says_counts(tiny_model):
     document = study._render(tokenizer, talk)
     assert "".join(document.pieces) == tokenizer.apply_chat_template(talk, tokenize=False)
     assert [piece for piece, trained in zip(document.pieces, document.trained) if trained] == ["more\n"]
+
+
+def test_the_rate_of_steps_that_are_dispatched_ahead(monkeypatch):
+    """Nine calls at once, then a wait of two seconds: five steps a second, not thousands."""
+    clock = iter(np.cumsum([2.0 if i % 10 == 0 else 1e-4 for i in range(60)]))
+    monkeypatch.setattr(study.time, "perf_counter", lambda: next(clock))
+    timed = study._Timed(lambda position: position, 10)
+    assert [timed(position) for position in range(20)] == list(range(20)) and timed.rate() is None
+    for position in range(20, 60):
+        timed(position)
+    assert timed.rate() == pytest.approx(5.0, rel=1e-2)
