@@ -8,13 +8,12 @@ Two ratios of time: by the clock, and of processor seconds, which other programs
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from harness import alternate, environment, show
+from harness import alternate, counted, environment, show
 
 from janax.jaxlib_ext import fused
 
@@ -45,16 +44,6 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
     "token_log_probs, w frozen": (per_token, (0,)),
     "token_log_probs, w frozen, keep_expectation": (per_token_kept, (0,)),
 }
-
-
-def counted(run: Callable[[], Any], spent: list[float]) -> Callable[[], Any]:
-    def call() -> Any:
-        start = time.process_time()
-        out = jax.block_until_ready(run())
-        spent.append(time.process_time() - start)
-        return out
-
-    return call
 
 
 def measure(case: str, arrays: tuple[jax.Array, ...], repeats: int) -> dict[str, float]:

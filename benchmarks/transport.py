@@ -14,13 +14,12 @@ Times are by the clock; `processor_ratio` is of processor seconds, which other p
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from harness import alternate, environment, show
+from harness import alternate, counted, environment, show
 
 from janax.jaxlib_ext import transport
 
@@ -72,16 +71,6 @@ def compiled(value: Callable[[jax.Array], tuple[jax.Array, Any]], cost: jax.Arra
 
 def temporaries(program: Any) -> float:
     return program.memory_analysis().temp_size_in_bytes / 2**20
-
-
-def counted(run: Callable[[], Any], spent: list[float]) -> Callable[[], Any]:
-    def call() -> Any:
-        start = time.process_time()
-        out = jax.block_until_ready(run())
-        spent.append(time.process_time() - start)
-        return out
-
-    return call
 
 
 def compare(mine: Any, other: Any, cost: jax.Array, repeats: int) -> dict[str, Any]:
