@@ -32,10 +32,11 @@ from jax.typing import ArrayLike
 
 from janax.jaxlib_ext import dtypes
 from janax.jaxlib_ext.checks import check_shapes, one_of
-from janax.jaxlib_ext.transport import solver
+from janax.jaxlib_ext.transport import derivatives, sums
 from janax.jaxlib_ext.transport.closed_forms import l1_two_classes, wasserstein_1d
 from janax.jaxlib_ext.transport.costs import hellinger, l1, squared_euclidean
-from janax.jaxlib_ext.transport.solver import CostFn
+from janax.jaxlib_ext.transport.iterations import log_updates, residual, symmetric_potential
+from janax.jaxlib_ext.transport.sums import CostFn
 
 __all__ = [
     "DERIVATIVES",
@@ -267,7 +268,7 @@ def plan(
     log_a, log_b = _log_weights(log_a, jnp.zeros_like(f)), _log_weights(log_b, jnp.zeros_like(g))
     live = ~jnp.isneginf(log_a)[..., :, None] & ~jnp.isneginf(log_b)[..., None, :]
     epsilon = _per_problem("plan", "epsilon", epsilon, jnp.zeros_like(jnp.sum(f, axis=-1)))
-    alpha, beta = solver.exponent(log_a, f, epsilon), solver.exponent(log_b, g, epsilon)
+    alpha, beta = sums.exponent(log_a, f, epsilon), sums.exponent(log_b, g, epsilon)
     return jnp.exp(alpha[..., :, None] + beta[..., None, :] - jnp.where(live, cost, jnp.zeros_like(cost)) / epsilon[..., None, None])
 
 
@@ -339,12 +340,12 @@ def sinkhorn_divergence(
         on = ~jnp.isneginf(log_weights)
         cost = jnp.where(on[..., :, None] & on[..., None, :], cost, jnp.zeros_like(cost))
         hyper = _hyper(name, jnp.zeros_like(jnp.max(cost, axis=(-2, -1))), epsilon, rho, None, tolerance, epsilon_start, epsilon_decay)
-        f, made, left = solver.symmetric_potential(spec, (cost,), log_weights, hyper)
+        f, made, left = symmetric_potential(spec, (cost,), log_weights, hyper)
         within = _summary(spec, (cost,), log_weights, log_weights, hyper, f, f, made, left)
         value = value - 0.5 * within.regularized
         error, iterations = jnp.maximum(error, left), jnp.maximum(iterations, made)
         converged &= within.converged
-        masses.append(jnp.sum(_weights(log_weights), axis=-1))
+        masses.append(jnp.sum(sums.weights(log_weights), axis=-1))
     if rho is not None:
         epsilon = _per_problem(name, "epsilon", epsilon, value)
         value = value + 0.5 * epsilon * jnp.square(masses[0] - masses[1])
@@ -379,7 +380,7 @@ def _spec(
     reference: str,
     check_every: int,
     domain: str,
-) -> solver.Spec:
+) -> sums.Spec:
     """Checked static options."""
     one_of(name, "derivative", derivative, DERIVATIVES)
     one_of(name, "reference", reference, ("product", "counting"))
@@ -389,7 +390,7 @@ def _spec(
             raise ValueError(f"{name}: {argument!r} is {value}, expected at least 1")
     if domain == "kernel" and (epsilon_start is not None or derivative == "unrolled"):
         raise ValueError(f"{name}: 'domain' is 'kernel', expected 'auto' or 'log' with 'epsilon_start' or derivative='unrolled'")
-    return solver.Spec(
+    return sums.Spec(
         num_iters=num_iters,
         check_every=0 if tolerance is None else min(check_every, num_iters),
         cost_fn=None,
@@ -417,9 +418,9 @@ def _per_problem(name: str, argument: str, value: ArrayLike, zero: jax.Array) ->
     return jnp.asarray(value).astype(zero.dtype) + zero
 
 
-def _hyper(name: str, zero: jax.Array, *values: ArrayLike | None) -> solver.Hyper:
+def _hyper(name: str, zero: jax.Array, *values: ArrayLike | None) -> sums.Hyper:
     names = ("epsilon", "rho", "relaxation", "tolerance", "epsilon_start", "epsilon_decay")
-    return solver.Hyper(*(_per_problem(name, key, 1.0 if value is None else value, zero) for key, value in zip(names, values)))
+    return sums.Hyper(*(_per_problem(name, key, 1.0 if value is None else value, zero) for key, value in zip(names, values)))
 
 
 def _log_weights(log_weights: ArrayLike | None, zero: jax.Array) -> jax.Array:
@@ -429,22 +430,17 @@ def _log_weights(log_weights: ArrayLike | None, zero: jax.Array) -> jax.Array:
     return jnp.asarray(log_weights).astype(zero.dtype) + zero
 
 
-def _weights(log_weights: jax.Array) -> jax.Array:
-    on = ~jnp.isneginf(log_weights)
-    return jnp.where(on, jnp.exp(jnp.where(on, log_weights, jnp.zeros_like(log_weights))), jnp.zeros_like(log_weights))
-
-
-def _solve(spec: solver.Spec, source: solver.Source, log_a: jax.Array, log_b: jax.Array, hyper: solver.Hyper) -> SinkhornOutput:
-    f, g, iterations = solver.potentials(spec, source, log_a, log_b, hyper)
+def _solve(spec: sums.Spec, source: sums.Source, log_a: jax.Array, log_b: jax.Array, hyper: sums.Hyper) -> SinkhornOutput:
+    f, g, iterations = derivatives.potentials(spec, source, log_a, log_b, hyper)
     return _summary(spec, source, log_a, log_b, hyper, f, g, iterations, None)
 
 
 def _summary(
-    spec: solver.Spec,
-    source: solver.Source,
+    spec: sums.Spec,
+    source: sums.Source,
     log_a: jax.Array,
     log_b: jax.Array,
-    hyper: solver.Hyper,
+    hyper: sums.Hyper,
     f: jax.Array,
     g: jax.Array,
     iterations: jax.Array,
@@ -452,9 +448,9 @@ def _summary(
 ) -> SinkhornOutput:
     """Costs and error of the potentials; differentiable in all of them as far as `spec.derivative` lets it."""
     epsilon = hyper.epsilon if spec.derivative == "unrolled" else jax.lax.stop_gradient(hyper.epsilon)
-    a, b = _weights(log_a), _weights(log_b)
-    alpha, beta = solver.exponent(log_a, f, epsilon), solver.exponent(log_b, g, epsilon)
-    total, rows, cols = solver.tile_sums(spec, source, epsilon, alpha, beta)
+    a, b = sums.weights(log_a), sums.weights(log_b)
+    alpha, beta = sums.exponent(log_a, f, epsilon), sums.exponent(log_b, g, epsilon)
+    total, rows, cols = sums.tile_sums(spec, source, epsilon, alpha, beta)
     mass, mass_a, mass_b = jnp.sum(rows, axis=-1), jnp.sum(a, axis=-1), jnp.sum(b, axis=-1)
     if spec.unbalanced:
         rho = (hyper.rho if spec.derivative == "unrolled" else jax.lax.stop_gradient(hyper.rho))[..., None]
@@ -463,7 +459,7 @@ def _summary(
     else:
         regularized = jnp.sum(f * a, axis=-1) + jnp.sum(g * b, axis=-1) - epsilon * (mass - mass_b)
     if error is None and spec.unbalanced:
-        error = solver.residual(spec, hyper, solver.log_updates(spec, source), log_a, log_b, f, g)
+        error = residual(spec, hyper, log_updates(spec, source), log_a, log_b, f, g)
     elif error is None:
         error = jnp.sum(jnp.abs(rows - a), axis=-1)
         error = error + jnp.sum(jnp.abs(cols - b), axis=-1) if spec.relaxed else error
