@@ -1,4 +1,4 @@
-"""The command line: `janax list`, `run`, `compile`, `report`; and for language models `fetch`, `generate`, `score`, `chat`.
+"""The command line: `janax list`, `run`, `compile`, `report`; and for language models `fetch`, `generate`, `score`, `chat`, `distill`.
 
 An experiment is a module `janax.experiments.NAME`, named in `EXPERIMENTS`, that is cheap to import and offers
 
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
 __all__ = ["EXPERIMENTS", "main"]
 
-EXPERIMENTS = ("bdia", "lm")
+EXPERIMENTS = ("bdia", "lm", "sinkd")
 
-_COMMANDS = ("list", "run", "compile", "report", "fetch", "generate", "score", "chat")
+_COMMANDS = ("list", "run", "compile", "report", "fetch", "generate", "score", "chat", "distill")
 
 _HELP = """\
 usage: janax COMMAND ...
@@ -54,6 +54,7 @@ Bidirectional methods for generative models in JAX.
   janax generate [options]                continue a text with a language model
   janax score [options]                   log-probabilities of texts after a context
   janax chat [options]                    talk to an instruction-tuned model
+  janax distill [options]                 teach a language model what another one predicts
 
   janax COMMAND --help                    options of a command
   janax --version                         version
@@ -162,6 +163,8 @@ def _dispatch(argv: list[str], experiments: Sequence[str | ModuleType]) -> int:
         return _fetch(rest)
     elif command in ("generate", "score", "chat"):
         return _language(command, rest)
+    elif command == "distill":
+        return _distill(rest)
     else:
         raise UserError(f"there is no command {command!r}; {_nearest(command, _COMMANDS)}")
     return 0
@@ -455,6 +458,24 @@ def _language(command: str, argv: list[str]) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
+    return 0
+
+
+# --- distill ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _distill(argv: list[str]) -> int:
+    from janax.experiments import distill
+
+    blank = distill.Config(teacher="", student="", data=Path())
+    _check_fields(argv, ("--out", "--distributed", *_flags(blank)), "distill")
+    given = {token.partition("=")[0] for token in argv}
+    missing = [option for option in ("--teacher", "--student", "--data", "--out") if option not in given]
+    if missing and not {"-h", "--help"} & given:
+        raise UserError(f"distill needs {', '.join(missing)}; see `janax distill --help`")
+    options = _tyro(distill.Options, argv, prog="janax distill", description=distill.Options.__doc__ or "")
+    _start_distributed(options.distributed)
+    distill.distill(options, _console())
     return 0
 
 

@@ -1,7 +1,7 @@
 """Configuration shared by the experiments: frozen dataclasses that check themselves, and their JSON form.
 
 An experiment nests these in its own frozen dataclass. The fields below are named in messages the way the command line names them
-(`optimizer.learning_rate`, `train.num_steps`, `mesh.data`), so an experiment calls its fields `optimizer`, `train` and `mesh`.
+(`optimizer.learning_rate`, `train.num_steps`, `mesh.data`), so an experiment calls its fields `optimizer`, `train`, `mesh` and `lora`.
 Importing this module imports neither JAX nor NumPy: the command line builds its help from it.
 """
 
@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar, Union
 from janax.experiments.errors import UserError
 
 __all__ = [
+    "LoraConfig",
     "MeshConfig",
     "OptimizerConfig",
     "TrainConfig",
@@ -85,6 +86,23 @@ class OptimizerConfig:
             self.weight_decay,
             "--optimizer.name adamw",
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters instead of all parameters."""
+
+    rank: int = 0
+    """Rank of the adapters; 0 trains all parameters."""
+    alpha: float = 16.0
+    """The update is scaled by alpha / rank."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """Which projections get one, by their Hugging Face names."""
+
+    def __post_init__(self) -> None:
+        check(self.rank >= 0, "lora.rank", "at least 0", self.rank, "8")
+        check(self.alpha > 0, "lora.alpha", "above 0", self.alpha, "16")
+        check(bool(self.targets), "lora.targets", "one name or more", self.targets, "q_proj v_proj")
 
 
 @dataclasses.dataclass(frozen=True)

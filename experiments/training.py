@@ -10,6 +10,7 @@ position, its noise a pure function of key and step, so a run that was killed an
 """
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -30,6 +31,7 @@ from janax.jaxlib_ext import aot, dtypes, sharding
 __all__ = [
     "BatchFn",
     "LossFn",
+    "TimedBatches",
     "TrainState",
     "checkpoint_dir",
     "ema_or_params",
@@ -44,7 +46,8 @@ __all__ = [
     "with_master_weights",
 ]
 
-LossFn = Callable[[Any, Any, jax.Array], tuple[jax.Array, Mapping[str, jax.Array]]]
+LossFn = Callable[..., tuple[jax.Array, Mapping[str, jax.Array]]]
+"""(params, batch, key) or, where something is frozen, (params, batch, key, frozen) -> (loss, info)."""
 BatchFn = Callable[[int], Any]
 
 _REPLICATED: sharding.Rules = ((r".*", jax.P()),)
@@ -168,8 +171,8 @@ def make_train_step(
     accumulation: int = 1,
     ema_decay: float = 0.0,
     example_keys: bool = False,
-) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
-    """The function `state, metrics = step(state, batch)`; not jitted (see `jit_train_step`).
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """The function `state, metrics = step(state, batch)`, or `step(state, batch, frozen)`; not jitted (see `jit_train_step`).
 
     The gradient is that of the weighted mean over the whole batch, whatever the number of micro-batches: sum_j w_j g_j / sum_j w_j, where
     w_j is micro-batch j's `info["weight"]`, or 1. A masked loss returns its masked mean and, as weight, the number of terms in it.
@@ -178,7 +181,7 @@ def make_train_step(
 
     Args:
       loss_fn: (params, batch, key) -> (mean loss [], info), info a dictionary of scalars, which are averaged like the loss; "weight" is
-        taken out of it.
+        taken out of it. A step with `frozen` hands it on as the fourth argument.
       optimizer: An optax transformation.
       accumulation: Micro-batches; must divide the batch. Micro-batch j takes the rows j, j + accumulation, ..., which keeps every row on
         its device. Static.
@@ -194,19 +197,19 @@ def make_train_step(
     """
     gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def micro_step(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array], Any]:
-        (loss, info), grads = gradient_fn(params, batch, key)
+    def micro_step(params: Any, batch: Any, key: jax.Array, frozen: Any) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+        (loss, info), grads = gradient_fn(params, batch, key, *_extra(frozen))
         info = dict(info)
         weight = dtypes.at_least_float32(jax.lax.stop_gradient(info.pop("weight", 1.0)))
         return weight, _checked_metrics(loss, info), grads
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(state: TrainState, batch: Any, frozen: Any = None) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(state.key, state.step)
         size = _batch_size(batch)
         if example_keys:
             key = jax.random.split(key, size)
         if accumulation == 1:
-            _, metrics, grads = micro_step(state.params, batch, key)
+            _, metrics, grads = micro_step(state.params, batch, key, frozen)
         else:
             if size % accumulation:
                 raise ValueError(f"train step: the batch has {size} rows, which 'accumulation' {accumulation} does not divide")
@@ -214,7 +217,7 @@ def make_train_step(
                 _split_rows(key, accumulation) if example_keys else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(accumulation))
             )
             micro_batches = jax.tree.map(lambda x: _split_rows(x, accumulation), batch)
-            metrics, grads = _accumulate(micro_step, state.params, micro_batches, keys)
+            metrics, grads = _accumulate(micro_step, state.params, micro_batches, keys, frozen)
         metrics["grad_norm"] = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -252,13 +255,15 @@ def _split_rows(x: Any, parts: int) -> Any:
     return rows if jnp.issubdtype(rows.dtype, jax.dtypes.prng_key) else sharding.constrain_batch(rows, axis=1)
 
 
-def _accumulate(micro_step: Callable[..., Any], params: Any, batches: Any, keys: jax.Array) -> tuple[dict[str, jax.Array], Any]:
+def _accumulate(
+    micro_step: Callable[..., Any], params: Any, batches: Any, keys: jax.Array, frozen: Any
+) -> tuple[dict[str, jax.Array], Any]:
     first = jax.tree.map(lambda x: x[0], (batches, keys))
-    _, metric_shapes, grad_shapes = jax.eval_shape(micro_step, params, *first)
+    _, metric_shapes, grad_shapes = jax.eval_shape(micro_step, params, *first, frozen)
     zeros = jax.tree.map(lambda p, g: jnp.zeros_like(p, dtypes.floor_dtype(g.dtype)), params, grad_shapes)
 
     def body(sums: Any, inputs: Any) -> tuple[Any, None]:
-        weight, metrics, grads = micro_step(params, *inputs)
+        weight, metrics, grads = micro_step(params, *inputs, frozen)
         *old, total_weight = sums
         new = jax.tree.map(lambda total, x: total + weight * x.astype(total.dtype), tuple(old), (metrics, grads))
         return (*new, total_weight + weight), None
@@ -316,48 +321,63 @@ def state_shardings(state: Any, rules: sharding.Rules, mesh: Mesh) -> Any:
 
 
 def init_state(
-    init_fn: Callable[[jax.Array], Any],
+    init_fn: Callable[..., Any],
     optimizer: optax.GradientTransformation,
     key: jax.Array,
     *,
     mesh: Mesh,
     rules: sharding.Rules = _REPLICATED,
     ema: bool = False,
+    frozen: Any = None,
 ) -> tuple[TrainState, Any]:
     """A new state, born in its place: no array is ever whole on one device unless its spec says so.
 
     Args:
-      init_fn: key -> params.
+      init_fn: key -> params, or (key, frozen) -> params.
       optimizer: An optax transformation.
       key: Split into the parameters' and the training noise's.
       mesh: The mesh.
       rules: Placement of the parameters, see `state_shardings`.
       ema: Whether to keep a moving average.
+      frozen: As for `fit`.
 
     Returns:
       The state and its tree of shardings.
     """
 
-    def init(key: jax.Array) -> TrainState:
-        return _new_state(init_fn, optimizer, key, ema=ema)
+    def init(key: jax.Array, frozen: Any) -> TrainState:
+        return _new_state(init_fn, optimizer, key, frozen, ema=ema)
 
-    where = state_shardings(jax.eval_shape(init, key), rules, mesh)
+    where = state_shardings(jax.eval_shape(init, key, frozen), rules, mesh)
     with jax.set_mesh(mesh):
-        return jax.jit(init, out_shardings=where)(key), where
+        return jax.jit(init, out_shardings=where)(key, frozen), where
 
 
-def _new_state(init_fn: Callable[[jax.Array], Any], optimizer: optax.GradientTransformation, key: jax.Array, *, ema: bool) -> TrainState:
+def _extra(frozen: Any) -> tuple[Any, ...]:
+    """The last argument of functions that only take it where there is something frozen."""
+    return () if frozen is None else (frozen,)
+
+
+def _new_state(
+    init_fn: Callable[..., Any], optimizer: optax.GradientTransformation, key: jax.Array, frozen: Any, *, ema: bool
+) -> TrainState:
     key_params, key_train = jax.random.split(key)
-    params = init_fn(key_params)
+    params = init_fn(key_params, *_extra(frozen))
     average = jax.tree.map(lambda x: dtypes.at_least_float32(x) if _is_float(x) else x, params) if ema else None
     zero = jnp.zeros((), jnp.int32)
     return TrainState(params, optimizer.init(params), average, zero, key_train, zero, zero - 1)
 
 
-def jit_train_step(step: Callable[..., Any], state_placement: Any, batch_placement: Any, mesh: Mesh) -> Callable[..., Any]:
-    """Compiles a step with its inputs and outputs pinned and the state donated; call it under `jax.set_mesh(mesh)`."""
+def jit_train_step(
+    step: Callable[..., Any], state_placement: Any, batch_placement: Any, mesh: Mesh, *, frozen: bool = False
+) -> Callable[..., Any]:
+    """Compiles a step with its inputs and outputs pinned and the state donated; call it under `jax.set_mesh(mesh)`.
+
+    If something is `frozen`, it is the step's last argument and stays where it lies.
+    """
     replicated = NamedSharding(mesh, jax.P())
-    return jax.jit(step, in_shardings=(state_placement, batch_placement), out_shardings=(state_placement, replicated), donate_argnums=0)
+    inputs = (state_placement, batch_placement, *((None,) if frozen else ()))
+    return jax.jit(step, in_shardings=inputs, out_shardings=(state_placement, replicated), donate_argnums=0)
 
 
 def _check_batch_size(config: TrainConfig, mesh: Mesh) -> None:
@@ -403,7 +423,7 @@ def train_program(
     """
     _check_batch_size(config, mesh)
     ema = config.ema_decay > 0
-    state = jax.eval_shape(lambda key: _new_state(init_fn, optimizer, key, ema=ema), jax.eval_shape(jax.random.key, 0))
+    state = jax.eval_shape(lambda key: _new_state(init_fn, optimizer, key, None, ema=ema), jax.eval_shape(jax.random.key, 0))
     where, batch_where = state_shardings(state, rules, mesh), _batch_shardings(batch, mesh)
     step = make_train_step(loss_fn, optimizer, accumulation=config.accumulation, ema_decay=config.ema_decay, example_keys=example_keys)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
@@ -439,6 +459,25 @@ def _check_rows(batch: Any, mesh: Mesh, num_rows: int) -> None:
         raise ValueError(f"fit: the batch of 'batch_fn' has {rows} rows, expected {num_rows} or the {share} of this process's devices")
 
 
+class TimedBatches:
+    """A batch function that remembers when it was called.
+
+    Steps are dispatched ahead of the device, which is waited for once in `window` calls (`train.log_every`): single gaps mean nothing.
+    """
+
+    def __init__(self, batch_fn: BatchFn, window: int):
+        self._batch_fn, self._window, self._times = batch_fn, window, []
+
+    def __call__(self, position: int) -> Any:
+        self._times.append(time.perf_counter())
+        return self._batch_fn(position)
+
+    def rate(self) -> float | None:
+        """Steps per second, the median over windows without the first two, which hold the compiler's work; None if fewer than two are left."""
+        gaps = np.diff(self._times[:: self._window])[2:]
+        return float(self._window / np.median(gaps)) if len(gaps) >= 2 else None
+
+
 def checkpoint_dir(session: Session, name: str) -> Any:
     """Where `fit` keeps the checkpoints of the training run `name`."""
     return session.workdir / "checkpoints" / name
@@ -446,7 +485,7 @@ def checkpoint_dir(session: Session, name: str) -> Any:
 
 def fit(
     loss_fn: LossFn,
-    init_fn: Callable[[jax.Array], Any],
+    init_fn: Callable[..., Any],
     batch_fn: BatchFn,
     optimizer: optax.GradientTransformation,
     config: TrainConfig,
@@ -459,6 +498,7 @@ def fit(
     best_metric: str = "loss",
     best_mode: Literal["min", "max"] = "min",
     example_keys: bool = False,
+    frozen: Any = None,
 ) -> TrainState:
     """Trains, or goes on training: the newest checkpoint of this name is restored first, and a finished run returns at once.
 
@@ -478,6 +518,8 @@ def fit(
       best_metric: What `config.keep_best` goes by: a name from `evaluate`, or "loss".
       best_mode: Whether small or large is good.
       example_keys: See `make_train_step`. Static.
+      frozen: Tree of arrays that do not train, where they shall lie: loaded weights, the base of adapters, a teacher. If given, it is the
+        last argument of `loss_fn` and `init_fn`; as a closure it would be compiled into the program.
 
     Returns:
       The final state.
@@ -490,7 +532,8 @@ def fit(
     """
     mesh = make_mesh(MeshConfig()) if mesh is None else mesh
     _check_batch_size(config, mesh)
-    state, where = init_state(init_fn, optimizer, jax.random.key(config.seed), mesh=mesh, rules=rules, ema=config.ema_decay > 0)
+    key, ema = jax.random.key(config.seed), config.ema_decay > 0
+    state, where = init_state(init_fn, optimizer, key, mesh=mesh, rules=rules, ema=ema, frozen=frozen)
     step_fn = make_train_step(loss_fn, optimizer, accumulation=config.accumulation, ema_decay=config.ema_decay, example_keys=example_keys)
     with contextlib.ExitStack() as stack:
         checkpoints = None
@@ -511,11 +554,11 @@ def fit(
         batch = batch_fn(offset + loop.start)
         _check_rows(batch, mesh, config.batch_size)
         batch_where = _batch_shardings(batch, mesh)
-        train = jit_train_step(step_fn, where, batch_where, mesh)
+        train = jit_train_step(step_fn, where, batch_where, mesh, frozen=frozen is not None)
         stack.enter_context(jax.set_mesh(mesh))
         line = stack.enter_context(_progress(session, name, config.num_steps, loop.start))
         for done in range(loop.start + 1, config.num_steps + 1):
-            state, metrics = train(state, _place_batch(batch, batch_where, mesh, config.batch_size))
+            state, metrics = train(state, _place_batch(batch, batch_where, mesh, config.batch_size), *_extra(frozen))
             if done < config.num_steps:
                 batch = batch_fn(offset + done)  # while the device is busy
             loop.after_step(done, state, metrics)

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from janax.experiments.config import MeshConfig, OptimizerConfig, TrainConfig, check
+from janax.experiments.config import LoraConfig, MeshConfig, OptimizerConfig, TrainConfig, check
 
 __all__ = ["DEFAULT", "PAPER", "PRESETS", "SMOKE", "Config", "LoraConfig", "ModelConfig", "ServeConfig", "TextConfig"]
 
@@ -53,23 +53,6 @@ class ModelConfig:
     """What the backward pass computes again instead of keeping it."""
     attention: Literal["xla", "flash"] = "xla"
     """All queries at once, or a few at a time: by a kernel on accelerators. The second for long texts."""
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank adapters instead of all parameters."""
-
-    rank: int = 0
-    """Rank of the adapters; 0 trains all parameters."""
-    alpha: float = 16.0
-    """The update is scaled by alpha / rank."""
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    """Which projections get one, by their Hugging Face names."""
-
-    def __post_init__(self) -> None:
-        check(self.rank >= 0, "lora.rank", "at least 0", self.rank, "8")
-        check(self.alpha > 0, "lora.alpha", "above 0", self.alpha, "16")
-        check(bool(self.targets), "lora.targets", "one name or more", self.targets, "q_proj v_proj")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import lzma
 import math
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from janax.experiments import plots, report, training
+from janax.experiments import decoders, plots, report, training
+from janax.experiments.decoders import Network
 from janax.experiments.errors import UserError
 from janax.experiments.lm import text
 from janax.experiments.lm.config import Config
@@ -22,9 +22,9 @@ from janax.experiments.metrics import read_rows
 from janax.experiments.session import Session
 from janax.experiments.statistics import mean_interval
 from janax.jaxlib_ext import aot, fused, sampling, sharding
-from janax.models import loading, lora, presets, transformer
+from janax.models import lora, presets, transformer
 
-__all__ = ["Corpus", "Network", "loss_fn", "network", "prepare", "programs", "run"]
+__all__ = ["Corpus", "loss_fn", "network", "prepare", "programs", "run"]
 
 _SHAPES = {
     "small": presets.LM_SMALL,
@@ -33,22 +33,6 @@ _SHAPES = {
     "llama-3.1-8b": presets.LLAMA_3_1_8B,
 }
 _EVAL_ROWS = 128
-
-
-class Network(NamedTuple):
-    """What trains: the trained tree (all parameters, or adapters) and how to make the decoder's parameters of it.
-
-    Attributes:
-      config: The decoder.
-      init: key -> trained tree.
-      params_of: Trained tree -> parameters of the decoder.
-      rules: Placement of the trained tree.
-    """
-
-    config: transformer.TransformerConfig
-    init: Callable[[jax.Array], Any]
-    params_of: Callable[[Any], Any]
-    rules: sharding.Rules
 
 
 class Corpus(NamedTuple):
@@ -85,37 +69,21 @@ def network(config: Config, vocab_size: int | None = None, base: tuple[transform
         raise UserError(
             f"text.sequence_length must be at most {shape.max_length}, the longest text of this model, got {config.text.sequence_length}"
         )
-    if not config.lora.rank:
-        return Network(shape, functools.partial(_start, shape, weights), lambda params: params, transformer.SHARDING_RULES)
-    if weights is None:
+    if config.lora.rank and weights is None:
         raise UserError("lora.rank needs model.weights: adapters change a trained model; set model.weights, or lora.rank 0")
-    try:
-        init = functools.partial(lora.init, shape, rank=config.lora.rank, targets=config.lora.targets)
-        jax.eval_shape(init, jax.random.key(0))
-    except ValueError as error:
-        raise UserError(f"lora: {error}") from error
-    merge = functools.partial(lora.merge, shape, weights, scale=config.lora.alpha / config.lora.rank)
-    return Network(shape, init, merge, lora.SHARDING_RULES)
-
-
-def _start(shape: transformer.TransformerConfig, weights: Any, key: jax.Array) -> Any:
-    """Parameters in the compute dtype: bfloat16 ones have a float32 copy in the optimizer's state."""
-    params = transformer.init(shape, key) if weights is None else weights
-    return jax.tree.map(lambda x: jnp.asarray(x, shape.dtype), params)
+    return decoders.network(shape, weights, config.lora)
 
 
 def _optimizer(config: Config) -> Any:
-    optimizer = training.make_optimizer(config.optimizer, num_steps=config.train.num_steps, mask=_decays)
-    whole_in_bfloat16 = config.model.dtype == "bfloat16" and not config.lora.rank
-    return training.with_master_weights(optimizer) if whole_in_bfloat16 else optimizer
+    return decoders.make_optimizer(config.optimizer, config.lora, num_steps=config.train.num_steps, dtype=config.model.dtype)
 
 
 def loss_fn(net: Network) -> training.LossFn:
     """Mean negative log-likelihood per counted token, in nats; no [tokens, vocabulary] array is made."""
 
-    def loss(trained: Any, batch: Mapping[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(trained: Any, batch: Mapping[str, jax.Array], key: jax.Array, frozen: Any = None) -> tuple[jax.Array, dict[str, jax.Array]]:
         del key
-        params = net.params_of(trained)
+        params = net.params_of(trained, frozen)
         h = transformer.hidden(net.config, params, batch["tokens"], batch["segment_ids"])[:, :-1]
         targets, weights = batch["tokens"][:, 1:], batch["mask"][:, 1:].astype(jnp.float32)
         w, options = transformer.output_embedding(net.config, params), {"softcap": net.config.final_softcap, "transposed": True}
@@ -191,36 +159,9 @@ def _documents(config: Config, tokenizer: Any) -> tuple[list[text.Document], lis
     if not config.text.path:
         train = [text.Document((t,), (True,)) for package in config.text.packages for t in text.docstrings(package)[:limit]]
         return train, [text.Document((t,), (True,)) for t in text.docstrings(config.text.held_out)[:limit]]
-    render = None if tokenizer is None or not tokenizer.chat_template else functools.partial(_render, tokenizer)
+    render = None if tokenizer is None or not tokenizer.chat_template else functools.partial(text.render_chat, tokenizer)
     documents = text.read_documents(Path(config.text.path), render)[:limit]
-    order = np.random.default_rng(0).permutation(len(documents))
-    held_out = max(1, round(config.text.held_out_share * len(documents)))
-    if held_out >= len(documents):
-        raise UserError(f"text.path {config.text.path} holds {len(documents)} documents, too few to hold {held_out} of them out; add text")
-    return [documents[i] for i in order[held_out:]], [documents[i] for i in order[:held_out]]
-
-
-def _render(tokenizer: Any, messages: list[dict[str, str]]) -> text.Document:
-    """A chat in the model's template; what the assistant says is trained on, with the end of its turn."""
-    pieces, trained, before = [], [], ""
-
-    def add(now: str, *, counts: bool) -> None:
-        nonlocal before
-        if not now.startswith(before):
-            raise UserError(
-                "text.path holds chats that this model's template writes anew at every turn; give prompts and completions instead"
-            )
-        pieces.append(now[len(before) :])
-        trained.append(counts)
-        before = now
-
-    render = functools.partial(tokenizer.apply_chat_template, tokenize=False)
-    for count, message in enumerate(messages, 1):
-        answers = message.get("role") == "assistant"
-        if answers:
-            add(render(messages[: count - 1], add_generation_prompt=True), counts=False)
-        add(render(messages[:count]), counts=answers)
-    return text.Document(tuple(pieces), tuple(trained))
+    return text.hold_out(documents, config.text.held_out_share, f"text.path {config.text.path}")
 
 
 def run(config: Config, session: Session) -> report.Results:
@@ -235,7 +176,7 @@ def run(config: Config, session: Session) -> report.Results:
     for seed in range(config.num_seeds):
         settings = dataclasses.replace(config.train, seed=config.train.seed + seed)
         name = f"seed{settings.seed}"
-        batches = _Timed(text.batches(corpus.train, config.train.batch_size, settings.seed), config.train.log_every)
+        batches = training.TimedBatches(text.batches(corpus.train, config.train.batch_size, settings.seed), config.train.log_every)
         state = training.fit(
             loss_fn(net),
             net.init,
@@ -247,6 +188,7 @@ def run(config: Config, session: Session) -> report.Results:
             session=session,
             name=name,
             evaluate=lambda state: {"held_out": evaluate(training.ema_or_params(state))},
+            frozen=net.frozen,
         )
         trained = training.ema_or_params(state)
         measure = functools.partial(_measure, config, net, corpus, evaluate, trained, mesh, first=seed == 0)
@@ -258,62 +200,24 @@ def run(config: Config, session: Session) -> report.Results:
     return _results(config, net, corpus, found, session)
 
 
-class _Timed:
-    """A batch function that remembers when it was called.
-
-    Steps are dispatched ahead of the device, which is waited for once in `window` calls (`train.log_every`): single gaps mean nothing.
-    """
-
-    def __init__(self, batch_fn: training.BatchFn, window: int):
-        self._batch_fn, self._window, self._times = batch_fn, window, []
-
-    def __call__(self, position: int) -> Any:
-        self._times.append(time.perf_counter())
-        return self._batch_fn(position)
-
-    def rate(self) -> float | None:
-        """Steps per second, the median over windows without the first two, which hold the compiler's work; None if fewer than two are left."""
-        gaps = np.diff(self._times[:: self._window])[2:]
-        return float(self._window / np.median(gaps)) if len(gaps) >= 2 else None
-
-
 def _load(config: Config, session: Session, mesh: Any) -> tuple[tuple[transformer.TransformerConfig, Any], Any]:
     session.say(f"lm: loading {config.model.weights}")
-    try:
-        model = loading.load(config.model.weights, shardings=lambda tree: sharding.shardings(tree, transformer.SHARDING_RULES, mesh))
-    except ValueError as error:
-        raise UserError(f"model.weights: {error}") from error
+    model = decoders.load(config.model.weights, mesh, "model.weights")
     if model.tokenizer is None:
         raise UserError(f"model.weights: {config.model.weights} has no tokenizer; put its tokenizer.json beside the weights")
     return (model.config, model.params), model.tokenizer
 
 
-def _decays(params: Any) -> Any:
-    """Weight decay for matrices: kernels, embeddings and adapters; not norms, biases or learned positions."""
-
-    def decays(path: tuple[Any, ...], leaf: Any) -> bool:
-        del leaf
-        return sharding.path_string(path).rsplit("/", 1)[-1] in ("kernel", "table", "a", "b")
-
-    return jax.tree_util.tree_map_with_path(decays, params)
-
-
 def _evaluator(net: Network, corpus: Corpus, mesh: Any) -> Callable[[Any], float]:
     """Trained tree -> nats per counted token over at most 128 held-out rows."""
-    count = min(_EVAL_ROWS, len(corpus.held_out.tokens))
-    size = max(mesh.shape.get("data", 1), 8)
-    rows = {field: getattr(corpus.held_out, field)[:count] for field in text.Rows._fields}
-    short = -count % size
-    rows = {field: np.concatenate([x, np.zeros((short, *x.shape[1:]), x.dtype)]) for field, x in rows.items()}
+    rows = text.Rows(*(x[:_EVAL_ROWS] for x in corpus.held_out))
     loss = jax.jit(loss_fn(net))
 
     def evaluate(trained: Any) -> float:
         total = weight = 0.0
         with jax.set_mesh(mesh):
-            for start in range(0, count + short, size):
-                batch = {field: x[start : start + size] for field, x in rows.items()}
-                placed = sharding.place(batch, jax.tree.map(lambda _: jax.sharding.NamedSharding(mesh, sharding.batch_spec(mesh)), batch))
-                value, info = loss(trained, placed, jax.random.key(0))
+            for batch in text.in_order(rows, max(mesh.shape.get("data", 1), 8)):
+                value, info = loss(trained, decoders.place_rows(batch, mesh), jax.random.key(0), net.frozen)
                 total += float(value) * float(info["weight"])
                 weight += float(info["weight"])
         return total / max(weight, 1.0)
@@ -329,7 +233,7 @@ def _measure(
     found: dict[str, Any] = {"held_out": nats, "bits_per_byte": nats * counted / math.log(2) / corpus.held_out_bytes}
     if first:
         with jax.set_mesh(mesh):
-            found["samples"] = _samples(config, net, corpus, net.params_of(trained))
+            found["samples"] = _samples(config, net, corpus, net.params_of(trained, net.frozen))
     return found
 
 

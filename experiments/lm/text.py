@@ -5,19 +5,35 @@ code in it. Whole packages are held out, so that evaluation text was written by 
 """
 
 import ast
+import functools
 import hashlib
 import importlib.util
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jinja2
 import numpy as np
 
 from janax.experiments.errors import UserError
 from janax.jaxlib_ext import scoring
 
-__all__ = ["Document", "Encode", "Rows", "batches", "docstrings", "fingerprint", "pack", "read_documents", "train_tokenizer"]
+__all__ = [
+    "Document",
+    "Encode",
+    "Rows",
+    "batches",
+    "docstrings",
+    "fingerprint",
+    "hold_out",
+    "in_order",
+    "order",
+    "pack",
+    "read_documents",
+    "render_chat",
+    "train_tokenizer",
+]
 
 _MODULES = {"orbax": "orbax.checkpoint"}
 _SHORTEST = 150
@@ -55,12 +71,15 @@ def docstrings(package: str) -> list[str]:
     return list(seen)
 
 
-def read_documents(path: Path, render: Callable[[list[dict[str, str]]], Document] | None = None) -> list[Document]:
+def read_documents(
+    path: Path, render: Callable[[list[dict[str, str]]], Document] | None = None, *, field: str = "text.path"
+) -> list[Document]:
     """The documents of a .txt or .jsonl file, or of all of them in a directory.
 
     Args:
       path: A .txt file is one document; a line of a .jsonl file holds "text", or "prompt" and "completion", or "messages".
       render: Chat messages -> document, of a tokenizer's chat template; needed for "messages".
+      field: What messages call the path.
 
     Returns:
       The documents, in the order of file names and lines.
@@ -71,17 +90,17 @@ def read_documents(path: Path, render: Callable[[list[dict[str, str]]], Document
     found = path.rglob("*") if path.is_dir() else [path]
     files = sorted(entry for entry in found if entry.is_file() and (entry.suffix in (".txt", ".jsonl") or entry == path))
     if not files:
-        raise UserError(f"text.path {path} holds no .txt or .jsonl file; give a file, or a directory of them")
+        raise UserError(f"{field} {path} holds no .txt or .jsonl file; give a file, or a directory of them")
     documents: list[Document] = []
     for file in files:
         try:
             content = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"text.path: {file} cannot be read as UTF-8 text ({error})") from error
+            raise UserError(f"{field}: {file} cannot be read as UTF-8 text ({error})") from error
         if file.suffix != ".jsonl":
             documents.append(Document((content,), (True,)))
             continue
-        for number, line in enumerate(content.splitlines(), 1):
+        for number, line in enumerate(content.split("\n"), 1):  # strings may hold other separators of lines
             if line.strip():
                 documents.append(_parse(line, f"{file}:{number}", render))
     return [document for document in documents if any(piece.strip() for piece in document.pieces)]
@@ -99,8 +118,50 @@ def _parse(line: str, where: str, render: Callable[[list[dict[str, str]]], Docum
     if isinstance(record, dict) and isinstance(record.get("messages"), list):
         if render is None:
             raise UserError(f"{where} holds chat messages, and the tokenizer has no chat template; start from an instruction-tuned model")
-        return render(record["messages"])
+        messages = record["messages"]
+        if not messages or not all(isinstance(one, dict) and isinstance(one.get("content"), str) and "role" in one for one in messages):
+            raise UserError(f'{where} holds a chat whose messages are not all objects with "role" and "content"')
+        try:
+            return render(messages)
+        except jinja2.TemplateError as error:
+            raise UserError(f"{where} holds a chat that the tokenizer's template refuses ({error})") from error
     raise UserError(f'{where} holds none of "text", "prompt" with "completion", or "messages"')
+
+
+def render_chat(tokenizer: Any, messages: list[dict[str, str]]) -> Document:
+    """A chat in the model's template; what the assistant says is trained on, with the end of its turn."""
+    pieces, trained, before = [], [], ""
+
+    def add(now: str, *, counts: bool) -> None:
+        nonlocal before
+        if not now.startswith(before):
+            raise UserError(
+                "the text holds chats that this model's template writes anew at every turn; give prompts and completions instead"
+            )
+        pieces.append(now[len(before) :])
+        trained.append(counts)
+        before = now
+
+    render = functools.partial(tokenizer.apply_chat_template, tokenize=False)
+    for count, message in enumerate(messages, 1):
+        answers = message.get("role") == "assistant"
+        if answers:
+            add(render(messages[: count - 1], add_generation_prompt=True), counts=False)
+        add(render(messages[:count]), counts=answers)
+    return Document(tuple(pieces), tuple(trained))
+
+
+def hold_out(documents: Sequence[Document], share: float, source: str) -> tuple[list[Document], list[Document]]:
+    """Documents to train on, and at least one kept for evaluation; `source` is what messages call their origin.
+
+    Raises:
+      UserError: if nothing would be left to train on.
+    """
+    shuffled = np.random.default_rng(0).permutation(len(documents))
+    count = max(1, round(share * len(documents)))
+    if count >= len(documents):
+        raise UserError(f"{source} holds {len(documents)} documents, too few to hold {count} of them out; add text")
+    return [documents[i] for i in shuffled[count:]], [documents[i] for i in shuffled[:count]]
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
@@ -174,24 +235,36 @@ def pack(documents: Sequence[Document], encode: Encode, end: int, row_length: in
     return packed
 
 
-def batches(rows: Rows, batch_size: int, seed: int) -> Callable[[int], dict[str, np.ndarray]]:
+def batches(rows: Rows, batch_size: int, seed: int, *, field: str = "text.sequence_length") -> Callable[[int], dict[str, np.ndarray]]:
     """position -> batch: the rows in an order shuffled anew for every pass, a pure function of seed and position.
 
     Raises:
-      UserError: if there are fewer rows than a batch has.
+      UserError: if there are fewer rows than a batch has; `field` is what the message calls their length.
     """
     count = len(rows.tokens)
     if count < batch_size:
-        raise UserError(f"the text fills {count} rows of text.sequence_length, fewer than train.batch_size {batch_size}; read more text")
+        raise UserError(f"the text fills {count} rows of {field}, fewer than train.batch_size {batch_size}; read more text")
+    chosen = order(count, batch_size, seed)
+    return lambda position: {name: getattr(rows, name)[chosen(position)] for name in Rows._fields}
+
+
+def order(count: int, batch_size: int, seed: int) -> Callable[[int], np.ndarray]:
+    """position -> numbers of the rows in that batch, each at most once in a pass."""
     per_pass = count // batch_size
 
-    def batch(position: int) -> dict[str, np.ndarray]:
+    def chosen(position: int) -> np.ndarray:
         epoch, index = divmod(position, per_pass)
-        order = np.random.default_rng((seed, epoch)).permutation(count)
-        chosen = order[index * batch_size : (index + 1) * batch_size]
-        return {name: getattr(rows, name)[chosen] for name in Rows._fields}
+        return np.random.default_rng((seed, epoch)).permutation(count)[index * batch_size : (index + 1) * batch_size]
 
-    return batch
+    return chosen
+
+
+def in_order(rows: Rows, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+    """All rows as batches of one size, the last one filled up with padding."""
+    short = -len(rows.tokens) % batch_size
+    filled = {name: np.concatenate([x, np.zeros((short, *x.shape[1:]), x.dtype)]) for name, x in rows._asdict().items()}
+    for start in range(0, len(filled["tokens"]), batch_size):
+        yield {name: x[start : start + batch_size] for name, x in filled.items()}
 
 
 def fingerprint(texts: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """Exact divergences of categorical distributions given by their logits, over the whole vocabulary or over part of it."""
 
-import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from janax.jaxlib_ext.divergence.generators import Generator, terms
 
 __all__ = [
     "NAMES",
+    "Kind",
     "adaptive_kl",
     "alpha_divergence",
     "chi2_forward",
@@ -20,10 +22,13 @@ __all__ = [
     "expected_f_prime",
     "forward_kl",
     "from_support",
+    "head_share",
     "jeffreys",
     "js",
     "per_token",
     "renyi",
+    "renyi_value",
+    "resolve",
     "reverse_kl",
     "skew_kl",
     "skew_reverse_kl",
@@ -170,13 +175,16 @@ def renyi(logits_p: ArrayLike, logits_q: ArrayLike, *, alpha: ArrayLike) -> jax.
     log_p, log_q, either, valid = _pair("renyi", logits_p, logits_q)
     alpha = jnp.asarray(alpha).astype(log_p.dtype)
     distance = jnp.sum(terms(generators.alpha_generator(alpha), log_p, log_q), axis=-1)
+    value = renyi_value(alpha, distance, numerics.log_sum(alpha * log_q + (1 - alpha) * log_p, either))
+    return jnp.where(valid, value, jnp.zeros_like(value))
+
+
+def renyi_value(alpha: jax.Array, distance: jax.Array, log_sum: jax.Array) -> jax.Array:
+    """Renyi's divergence from the alpha-divergence and log sum q^alpha p^(1 - alpha) [...], the first where both are small."""
     x = alpha * (1 - alpha) * distance  # 1 - sum q^alpha p^(1 - alpha)
     small = jnp.abs(x) < 0.5
     near = alpha * jnp.where(small, distance, jnp.zeros_like(x)) * numerics.log1p_ratio(-jnp.where(small, x, jnp.zeros_like(x)))
-    gap = jnp.where(small, jnp.ones_like(x), alpha - 1)
-    far = numerics.log_sum(alpha * log_q + (1 - alpha) * log_p, either) / gap
-    value = jnp.where(small, near, far)
-    return jnp.where(valid, value, jnp.zeros_like(value))
+    return jnp.where(small, near, log_sum / jnp.where(small, jnp.ones_like(x), alpha - 1))
 
 
 def adaptive_kl(logits_p: ArrayLike, logits_q: ArrayLike) -> jax.Array:
@@ -199,34 +207,82 @@ def adaptive_kl(logits_p: ArrayLike, logits_q: ArrayLike) -> jax.Array:
     """
     log_p, log_q, _, valid = _pair("adaptive_kl", logits_p, logits_q)
     p, q = (jax.lax.stop_gradient(jnp.exp(x)) for x in (log_p, log_q))
-    negative_q, p = jax.lax.sort((-q, p), dimension=-1, num_keys=1)
-    mass = jnp.cumsum(-negative_q, axis=-1)
-    head = (mass <= 0.5) | (jax.lax.broadcasted_iota(jnp.int32, mass.shape, mass.ndim - 1) == 0)
-    gap = jnp.abs(p + negative_q)
-    total = jnp.sum(gap, axis=-1)
-    r = jnp.sum(jnp.where(head, gap, jnp.zeros_like(gap)), axis=-1) / jnp.where(total > 0, total, jnp.ones_like(total))
+    r = head_share(p, q)
     forward = jnp.sum(terms(generators.FORWARD_KL, log_p, log_q), axis=-1)
     value = r * forward + (1 - r) * jnp.sum(terms(generators.REVERSE_KL, log_p, log_q), axis=-1)
     return jnp.where(valid, value, jnp.zeros_like(value))
 
 
-_KINDS = {
-    "forward_kl": (forward_kl, None),
-    "reverse_kl": (reverse_kl, None),
-    "jeffreys": (jeffreys, None),
-    "js": (js, "beta"),
-    "skew_kl": (skew_kl, "alpha"),
-    "skew_reverse_kl": (skew_reverse_kl, "alpha"),
-    "alpha_divergence": (alpha_divergence, "alpha"),
-    "renyi": (renyi, "alpha"),
-    "total_variation": (total_variation, None),
-    "squared_hellinger": (squared_hellinger, None),
-    "chi2_forward": (chi2_forward, None),
-    "chi2_reverse": (chi2_reverse, None),
-    "adaptive_kl": (adaptive_kl, None),
+def head_share(p: jax.Array, q: jax.Array) -> jax.Array:
+    """[...] share of sum |p - q| that lies in the head of q, whose cumulative probability is at most 1/2; of probabilities [... v]."""
+    negative_q, p = jax.lax.sort((-q, p), dimension=-1, num_keys=1)
+    mass = jnp.cumsum(-negative_q, axis=-1)
+    head = (mass <= 0.5) | (jax.lax.broadcasted_iota(jnp.int32, mass.shape, mass.ndim - 1) == 0)
+    gap = jnp.abs(p + negative_q)
+    total = jnp.sum(gap, axis=-1)
+    return jnp.sum(jnp.where(head, gap, jnp.zeros_like(gap)), axis=-1) / jnp.where(total > 0, total, jnp.ones_like(total))
+
+
+_KINDS: dict[str, tuple[str, Callable[..., Generator], str | None]] = {
+    "forward_kl": ("f", lambda: generators.FORWARD_KL, None),
+    "reverse_kl": ("f", lambda: generators.REVERSE_KL, None),
+    "jeffreys": ("f", lambda: generators.JEFFREYS, None),
+    "js": ("f", generators.js_generator, "beta"),
+    "skew_kl": ("f", generators.skew_kl_generator, "alpha"),
+    "skew_reverse_kl": ("f", generators.skew_reverse_kl_generator, "alpha"),
+    "alpha_divergence": ("f", generators.alpha_generator, "alpha"),
+    "renyi": ("renyi", generators.alpha_generator, "alpha"),
+    "total_variation": ("f", lambda: generators.TOTAL_VARIATION, None),
+    "squared_hellinger": ("f", lambda: generators.SQUARED_HELLINGER, None),
+    "chi2_forward": ("f", lambda: generators.CHI2_FORWARD, None),
+    "chi2_reverse": ("f", lambda: generators.CHI2_REVERSE, None),
+    "adaptive_kl": ("adaptive", lambda: generators.FORWARD_KL, None),
 }
 NAMES = tuple(_KINDS)
-"""The kinds that `per_token` knows by name."""
+"""The kinds that `per_token` and the fused divergences know by name."""
+
+
+class Kind(NamedTuple):
+    """A divergence by name, resolved: what is summed over the vocabulary, and how the sum becomes the value.
+
+    Attributes:
+      rule: "f" for sum q f(p / q); "renyi", of the same sums and a logarithm; "adaptive", two of them in shares.
+      generator: f; for "renyi" that of the alpha-divergence.
+      alpha: [] Renyi's order, or None.
+    """
+
+    rule: str
+    generator: Generator
+    alpha: ArrayLike | None
+
+
+def resolve(caller: str, kind: str | Generator, *, alpha: ArrayLike | None = None, beta: ArrayLike | None = None) -> Kind:
+    """What a name, or a generator, and its parameter mean.
+
+    Args:
+      caller: Whose arguments these are, for the message.
+      kind: One of `NAMES`, or a generator.
+      alpha: [] for the kinds that take it: skew_kl and skew_reverse_kl (0.1 if None), alpha_divergence and renyi (required).
+      beta: [] for js, 1/2 if None.
+
+    Returns:
+      The rule, the generator and, for "renyi", alpha.
+
+    Raises:
+      ValueError: if the kind is unknown, does not take the parameter given, or lacks one.
+    """
+    given = {key: value for key, value in (("alpha", alpha), ("beta", beta)) if value is not None}
+    if isinstance(kind, Generator):
+        rule, make, takes = "f", lambda: kind, None
+    else:
+        checks.one_of(caller, "kind", kind, NAMES)
+        rule, make, takes = _KINDS[kind]
+    for key in given:
+        if key != takes:
+            raise ValueError(f"{caller}: {key!r} was given, but {kind if isinstance(kind, str) else 'a generator'} does not take it")
+    if kind in ("alpha_divergence", "renyi") and not given:
+        raise ValueError(f"{caller}: 'alpha' is None, expected a number for {kind}")
+    return Kind(rule, make(**given), alpha if rule == "renyi" else None)
 
 
 def per_token(
@@ -260,21 +316,16 @@ def per_token(
     """
     name = "per_token"
     checks.check_shapes(name, student_logits=(student_logits, "... v"), teacher_logits=(teacher_logits, "... v"), mask=(mask, "..."))
-    given = {key: value for key, value in (("alpha", alpha), ("beta", beta)) if value is not None}
-    if isinstance(kind, Generator):
-        function, takes = functools.partial(exact, kind), None
-    else:
-        checks.one_of(name, "kind", kind, NAMES)
-        function, takes = _KINDS[kind]
-    for key in given:
-        if key != takes:
-            raise ValueError(f"{name}: {key!r} was given, but {kind if isinstance(kind, str) else 'a generator'} does not take it")
-    if kind in ("alpha_divergence", "renyi") and not given:
-        raise ValueError(f"{name}: 'alpha' is None, expected a number for {kind}")
-
+    what = resolve(name, kind, alpha=alpha, beta=beta)
     keep = None if mask is None else jnp.asarray(mask).astype(bool)
     logits_p, logits_q = (_tempered(x, temperature, keep) for x in (student_logits, teacher_logits))
-    value = function(logits_p, logits_q, **given)
+    if what.rule == "adaptive":
+        value = adaptive_kl(logits_p, logits_q)
+    elif what.rule == "renyi":
+        assert what.alpha is not None
+        value = renyi(logits_p, logits_q, alpha=what.alpha)
+    else:
+        value = exact(what.generator, logits_p, logits_q)
     if tau_squared:
         value = value * jnp.square(jnp.asarray(temperature).astype(value.dtype))
     return value if keep is None else jnp.where(keep, value, jnp.zeros_like(value))

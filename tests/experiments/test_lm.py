@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import rich.console
 
-from janax.experiments import lm
+from janax.experiments import lm, training
 from janax.experiments import session as sessions
 from janax.experiments.config import TrainConfig
 from janax.experiments.errors import UserError
-from janax.experiments.lm import study, text
+from janax.experiments.lm import text
 from janax.experiments.metrics import read_rows
 from janax.models import loading, lora
 
@@ -169,7 +169,7 @@ def test_adapters_of_a_loaded_model_on_chats(tmp_path, tiny_model):
 def test_only_what_the_assistant_says_counts(tiny_model):
     tokenizer = loading.load(tiny_model).tokenizer
     talk = [{"role": "user", "content": "words"}, {"role": "assistant", "content": "more"}, {"role": "user", "content": "few"}]
-    document = study._render(tokenizer, talk)
+    document = text.render_chat(tokenizer, talk)
     assert "".join(document.pieces) == tokenizer.apply_chat_template(talk, tokenize=False)
     assert [piece for piece, trained in zip(document.pieces, document.trained) if trained] == ["more\n"]
 
@@ -177,8 +177,8 @@ def test_only_what_the_assistant_says_counts(tiny_model):
 def test_the_rate_of_steps_that_are_dispatched_ahead(monkeypatch):
     """Nine calls at once, then a wait of two seconds: five steps a second, not thousands."""
     clock = iter(np.cumsum([2.0 if i % 10 == 0 else 1e-4 for i in range(60)]))
-    monkeypatch.setattr(study.time, "perf_counter", lambda: next(clock))
-    timed = study._Timed(lambda position: position, 10)
+    monkeypatch.setattr(training.time, "perf_counter", lambda: next(clock))
+    timed = training.TimedBatches(lambda position: position, 10)
     assert [timed(position) for position in range(20)] == list(range(20)) and timed.rate() is None
     for position in range(20, 60):
         timed(position)

@@ -372,3 +372,23 @@ def test_master_weights_keep_what_bfloat16_would_lose():
 def test_master_weights_and_moments_are_float32():
     state = training.with_master_weights(optax.adamw(1e-3)).init({"w": jnp.ones((2, 2), jnp.bfloat16)})
     assert {x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)} == {jnp.dtype("float32")}
+
+
+def test_what_is_frozen_is_an_argument_of_the_step():
+    """Other values of frozen arrays are the same program, with and without micro-batches."""
+    optimizer = training.make_optimizer(OptimizerConfig(warmup_steps=0), num_steps=20)
+    mesh = training.make_mesh(MeshConfig(), jax.devices()[:1])
+    batch = {"x": np.ones(4, np.float32)}
+
+    def loss(params, batch, key, frozen):
+        return jnp.mean((batch["x"] * frozen["scale"] - params["w"]) ** 2), {}
+
+    for accumulation in (1, 2):
+        step = jax.jit(training.make_train_step(loss, optimizer, accumulation=accumulation))
+        for scale in (1.0, 3.0):
+            frozen = {"scale": jnp.full((), scale)}
+            init = lambda key, frozen: {"w": 2 * frozen["scale"]}  # noqa: E731
+            state, _ = training.init_state(init, optimizer, jax.random.key(0), mesh=mesh, frozen=frozen)
+            assert float(state.params["w"]) == 2 * scale
+            assert float(step(state, batch, frozen)[1]["loss"]) == scale**2
+        assert step._cache_size() == 1

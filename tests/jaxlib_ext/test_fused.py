@@ -13,6 +13,7 @@ from jax.test_util import check_grads
 from reference import logprobs as reference
 
 from janax.jaxlib_ext import fused, masking, sharding
+from janax.jaxlib_ext.fused import parts
 
 KINDS = ["token_log_probs", "keep_expectation", "entropy", "logsumexp", "weighted_nll"]
 
@@ -90,7 +91,7 @@ def test_finite_differences(kind, x64):
 def test_all_shapes(n, v, chunk, tokens_at_once):
     """The chunks cover every token of every vocabulary once, whatever divides what."""
     for size, target, groups, multiple in ((v, min(chunk, v), 16, 128), (n, min(tokens_at_once, n), 256, 1)):
-        chunks = fused._Chunks.of(size, target, groups, multiple)
+        chunks = parts.Chunks.of(size, target, groups, multiple)
         seen = np.concatenate([np.asarray(chunks.ids(i))[np.asarray(chunks.fresh(i))] for i in range(chunks.count)])
         np.testing.assert_array_equal(np.sort(seen), np.arange(size))
     h, w, bias, tokens, _ = problem(n=n, v=v, d=2, dtype=np.float32, forbid=())
