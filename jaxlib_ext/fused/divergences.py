@@ -8,12 +8,19 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from janax.jaxlib_ext import divergence as exact
-from janax.jaxlib_ext.checks import check_shapes, require_integers
+from janax.jaxlib_ext.checks import check_shapes, one_of, require_integers
 from janax.jaxlib_ext.divergence import Generator, numerics
 from janax.jaxlib_ext.fused import online, parts
+from janax.jaxlib_ext.kernels import divergence as kernels
 from janax.jaxlib_ext.logprobs import TopK
 
 __all__ = ["TokenDivergence", "divergence", "weighted_divergence"]
+
+_KERNELS = {
+    "pallas_tpu": kernels.pallas_tpu,
+    "pallas_gpu": kernels.pallas_gpu,
+    "interpret": functools.partial(kernels.pallas_tpu, interpret=True),
+}
 
 
 class TokenDivergence(NamedTuple):
@@ -50,6 +57,7 @@ def divergence(
     transposed: bool = False,
     teacher_transposed: bool = False,
     axis_name: str | None = None,
+    kernel: str | None = None,
 ) -> TokenDivergence:
     """Any of the exact divergences, token by token: `divergence.per_token` of z = cap(h w + bias) and the teacher's, without [tokens, vocabulary].
 
@@ -81,20 +89,24 @@ def divergence(
       teacher_transposed: `teacher_w` is [v e]. Static.
       axis_name: Inside `jax.shard_map`, the mesh axis over which the vocabulary of both unembeddings and biases is sharded; numbers per token
         travel, nothing else. Static.
+      kernel: "pallas_tpu" or "pallas_gpu" makes all that is as long as the vocabulary, the products apart, in one kernel of
+        `kernels.divergence` on each device: for f-divergences in float32, on one device or inside `jax.shard_map`, without `axis_name`.
+        None leaves it to the compiler; "interpret" runs the TPU kernel on CPU. Static.
 
     Returns:
       Values, and log-probabilities of the labels, float32 or wider. Extremes as in `divergence`.
 
     Raises:
       ValueError: if shapes disagree, a static argument is out of range, the kind is unknown or lacks its parameter, the teacher is given
-        twice or not at all, or the kind is "adaptive_kl", which sorts the vocabulary, and the vocabulary is sharded.
+        twice or not at all, the kind is "adaptive_kl", which sorts the vocabulary, and the vocabulary is sharded, or `kernel` is used
+        where there is none.
 
     Reference: chunks of tokens as in Hsu et al., arXiv:2410.10989 (Liger kernels), here for the whole family, exact, and sharded.
     """
     name = "divergence"
     what, arrays, leading = _prepare(
         name, kind, h, w, teacher_h, teacher_w, teacher_top_k, alpha, beta, temperature, labels, bias, teacher_bias,
-        _Options(softcap, teacher_softcap, transposed, teacher_transposed, vocab_chunk, token_chunk, axis_name),
+        _Options(softcap, teacher_softcap, transposed, teacher_transposed, vocab_chunk, token_chunk, axis_name, kernel),
     )  # fmt: skip
     check_shapes(name, h=(h, "... d"), mask=(mask, "..."))
     keep = jnp.ones(leading, bool) if mask is None else jnp.asarray(mask).astype(bool)
@@ -127,6 +139,7 @@ def weighted_divergence(
     transposed: bool = False,
     teacher_transposed: bool = False,
     axis_name: str | None = None,
+    kernel: str | None = None,
 ) -> jax.Array:
     """sum_n weights_n D_n - sum_n label_weights_n log p(labels_n), whose gradients are made along with the value, in 4 products.
 
@@ -156,6 +169,7 @@ def weighted_divergence(
       transposed: As in `divergence`. Static.
       teacher_transposed: As in `divergence`. Static.
       axis_name: As in `divergence`. Static.
+      kernel: As in `divergence`. Static.
 
     Returns:
       [] in nats, float32 or wider; inf if a label of non-zero weight is forbidden or outside the vocabulary (such labels give no gradient).
@@ -169,7 +183,7 @@ def weighted_divergence(
         raise ValueError(f"{name}: 'labels' and 'label_weights' belong together, expected both or none")
     what, arrays, _ = _prepare(
         name, kind, h, w, teacher_h, teacher_w, teacher_top_k, alpha, beta, temperature, labels, bias, teacher_bias,
-        _Options(softcap, teacher_softcap, transposed, teacher_transposed, vocab_chunk, token_chunk, axis_name),
+        _Options(softcap, teacher_softcap, transposed, teacher_transposed, vocab_chunk, token_chunk, axis_name, kernel),
     )  # fmt: skip
     check_shapes(name, h=(h, "... d"), weights=(weights, "..."), label_weights=(label_weights, "..."))
     each, of_label = (None if x is None else jnp.asarray(x).astype(arrays.dtype).reshape(-1) for x in (weights, label_weights))
@@ -194,6 +208,7 @@ class _Options(NamedTuple):
     vocab_chunk: int | None
     token_chunk: int | None
     axis_name: str | None
+    kernel: str | None
 
     @property
     def student(self) -> parts.Options:
@@ -252,6 +267,17 @@ def _prepare(
         raise ValueError(f"{name}: 'kind' is {kind!r}, expected an f-divergence where the teacher is given by 'teacher_top_k'")
     if rule == "adaptive" and options.axis_name is not None:
         raise ValueError(f"{name}: 'kind' is {kind!r}, which sorts the vocabulary: expected another one where 'axis_name' shards it")
+    if options.kernel is not None:
+        one_of(name, "kernel", options.kernel, (*_KERNELS, None))
+        if rule != "f" or top_k is not None or options.axis_name is not None:
+            raise ValueError(
+                f"{name}: 'kernel' is {options.kernel!r}, expected None for this kind, for 'teacher_top_k' and with 'axis_name'"
+            )
+        mesh = jax.sharding.get_abstract_mesh()
+        if not mesh.empty and not mesh.are_all_axes_manual:
+            raise ValueError(
+                f"{name}: 'kernel' is {options.kernel!r}, expected None on a mesh outside jax.shard_map: kernels are not partitioned"
+            )
     check_shapes(
         name,
         h=(h, "... d"),
@@ -275,6 +301,8 @@ def _prepare(
         require_integers(name, teacher_tokens=top_k.tokens)
         k = jnp.shape(top_k.tokens)[-1]
         top_k = TopK(jnp.asarray(top_k.log_probs).astype(heat.dtype).reshape(-1, k), jnp.asarray(top_k.tokens, jnp.int32).reshape(-1, k))
+    if options.kernel is not None and heat.dtype != jnp.float32:
+        raise ValueError(f"{name}: 'kernel' is {options.kernel!r}, expected None for {heat.dtype.name}")
     if ids is None:
         ids = jnp.full_like(h[:, 0], -1, dtype=jnp.int32)
     tempered = labels is not None and not (isinstance(temperature, (int, float)) and temperature == 1)
@@ -371,20 +399,19 @@ class _Pair(NamedTuple):
         window = self.teacher.chunks.window(y, step, 1)
         return self.teacher.tile_of(self.what.options.teacher_softcap, window, labels, self.teacher.window(step)[1], step)
 
-    def normalizers(self, x: jax.Array, y: jax.Array | None, labels: jax.Array) -> dict[str, online.Running]:
-        """Running sums of the student, at both temperatures if they differ, of the teacher, and of Renyi's mixture."""
+    def normalizers(self, names: tuple[str, ...], x: jax.Array, y: jax.Array | None, labels: jax.Array) -> dict[str, online.Running]:
+        """Running sums of the "student", of its "plain" distribution at temperature 1, of the "teacher", and of Renyi's "mixture"."""
         zero = jnp.zeros_like(labels, dtype=self.student.temperature.dtype)
-        names = ["student"] + ["plain"] * self.what.tempered + ["teacher"] * (y is not None) + ["mixture"] * (self.what.rule == "renyi")
+
+        def tile(name: str, step: Any) -> parts.Tile:
+            if name == "teacher":
+                assert y is not None
+                return self.teacher_tile(y, labels, step)
+            student = self.tile(x, labels, step, plain=name == "plain")
+            return student if name != "mixture" else student._replace(z=self.mixed(student.z, tile("teacher", step).z))
 
         def body(sums: dict[str, online.Running], step: Any) -> dict[str, online.Running]:
-            tiles = {"student": self.tile(x, labels, step)}
-            if self.what.tempered:
-                tiles["plain"] = self.tile(x, labels, step, plain=True)
-            if y is not None:
-                tiles["teacher"] = self.teacher_tile(y, labels, step)
-            if self.what.rule == "renyi":
-                tiles["mixture"] = tiles["student"]._replace(z=self.mixed(tiles["student"].z, tiles["teacher"].z))
-            return {name: online.fold(sums[name], tile, self.student, zero) for name, tile in tiles.items()}
+            return {name: online.fold(sums[name], tile(name, step), self.student, zero) for name in names}
 
         return self.student.chunks.loop(body, {name: online.start(zero) for name in names})
 
@@ -402,10 +429,20 @@ class _Pair(NamedTuple):
         axis_name = self.what.options.axis_name
         x = self.student.logits(rows.h, self.student.w)
         y = None if self.teacher is None else self.teacher.logits(rows.teacher_h, self.teacher.w).astype(self.student.temperature.dtype)
-        running = self.normalizers(x, y, rows.labels)
-        normalizer = {name: sums.logsumexp for name, sums in running.items()}
         plain = "plain" if self.what.tempered else "student"
-        log_probs, whole, _, possible = online.finish(axis_name, self.v, rows.labels, running[plain].target, normalizer[plain])
+        inside = self.by_kernel(x, y) if self.what.options.kernel is not None and y is not None else None
+        names = ("student", "teacher", "mixture") if self.what.rule == "renyi" else ("student", "teacher")
+        names = names if y is not None else ("student",)
+        if inside is not None:
+            names = ("plain",) if self.what.tempered else ()
+        elif self.what.tempered:
+            names = (*names, "plain")
+        running = self.normalizers(names, x, y, rows.labels) if names else {}
+        normalizer = {name: sums.logsumexp for name, sums in running.items()}
+        if inside is not None:
+            normalizer |= {"student": inside.logsumexp, "teacher": inside.teacher_logsumexp}
+        target = running[plain].target if plain in running else self.chosen(x, rows.labels[:, None])[0][:, 0]
+        log_probs, whole, _, possible = online.finish(axis_name, self.v, rows.labels, target, normalizer[plain])
         normalizer = {
             name: whole if name == plain else x if axis_name is None else online.over_shards(axis_name, x)[0]
             for name, x in normalizer.items()
@@ -416,7 +453,10 @@ class _Pair(NamedTuple):
             valid = ~jnp.isneginf(normalizer["student"])
         else:
             assert y is not None
-            values, sloped, kappa = self.from_logits(x, y, rows.labels, base, slopes=slopes)
+            if inside is not None:
+                values, sloped, kappa = inside.values, inside.slopes.reshape(x.shape) if slopes else None, inside.kappa
+            else:
+                values, sloped, kappa = self.from_logits(x, y, rows.labels, base, slopes=slopes)
             valid = ~(jnp.isneginf(normalizer["student"]) | jnp.isneginf(normalizer["teacher"]))
         zero = jnp.zeros_like(values)
         if sloped is not None:
@@ -431,6 +471,31 @@ class _Pair(NamedTuple):
             slopes=sloped,
             kappa=jnp.where(valid, kappa, zero),
         )
+
+    def by_kernel(self, x: jax.Array, y: jax.Array) -> kernels.BlockSums:
+        """Normalisers, values and slopes by the platform's kernel."""
+        options = self.what.options
+        assert self.teacher is not None and options.kernel is not None
+        biases = [None if side.bias is None else side.bias.reshape(-1) for side in (self.student, self.teacher)]
+        return _KERNELS[options.kernel](
+            self.generator,
+            x.reshape(x.shape[0], -1),
+            y.reshape(y.shape[0], -1),
+            bias=biases[0],
+            teacher_bias=biases[1],
+            temperature=self.student.temperature,
+            softcap=options.softcap,
+            teacher_softcap=options.teacher_softcap,
+        )
+
+    def chosen(self, x: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(the student's logits of some tokens [m k], -inf if forbidden; which of them are here [m k]; their places here [m k])."""
+        found = (ids >= 0) & (ids < self.v)
+        index = jnp.where(found, ids, jnp.zeros_like(ids))
+        raw = jnp.take_along_axis(x.reshape(x.shape[0], -1), index, axis=1)
+        offset = jnp.zeros_like(raw) if self.student.bias is None else self.student.bias.reshape(-1)[index].astype(raw.dtype)
+        z = self.student.capped(self.what.options.softcap, raw + _finite(offset))[0]
+        return jnp.where(jnp.isneginf(offset), -jnp.inf, z), found, index
 
     def from_logits(
         self, x: jax.Array, y: jax.Array, labels: jax.Array, base: dict[str, jax.Array], *, slopes: bool
@@ -494,12 +559,7 @@ class _Pair(NamedTuple):
         """As `from_logits`, where the teacher is known by some tokens and one bucket for the others."""
         axis_name, vocab = self.what.options.axis_name, self.student.chunks
         ids = parts.localise(top_k.tokens, self.v, axis_name)
-        found = (ids >= 0) & (ids < self.v)
-        index = jnp.where(found, ids, jnp.zeros_like(ids))
-        raw = jnp.take_along_axis(x.reshape(x.shape[0], -1), index, axis=1)
-        offset = jnp.zeros_like(raw) if self.student.bias is None else self.student.bias.reshape(-1)[index].astype(raw.dtype)
-        z = self.student.capped(self.what.options.softcap, raw + _finite(offset))[0]
-        z = jnp.where(jnp.isneginf(offset), -jnp.inf, z)
+        z, found, index = self.chosen(x, ids)
         log_p = jnp.where(found, numerics.without_infinities(z - base[:, None]), jnp.zeros_like(z))
         known = found
         if axis_name is not None:

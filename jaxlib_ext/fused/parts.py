@@ -279,7 +279,10 @@ class Vocabulary(NamedTuple):
 
     def logits(self, h: jax.Array, w: jax.Array) -> jax.Array:
         """h w [m g c] of a window, or of all of w."""
-        return dot(h, w, ((1,), (0 if self.axis else 2,)))
+        if self.axis:
+            return dot(h, w, ((1,), (0,)))
+        rows = w.reshape(-1, w.shape[2])  # as two axes: the compiler would copy three to where it contracts the first
+        return dot(h, rows, ((1,), (1,))).reshape(h.shape[0], *w.shape[:2])
 
     def back(self, dx: jax.Array, w: jax.Array, like: jax.Array) -> jax.Array:
         """sum_v dx_v w_v [m d] over a window."""

@@ -1,6 +1,7 @@
 """Fused divergences beside the exact ones on whole logits, which test_divergence.py compares with NumPy."""
 
 import functools
+import importlib.util
 import math
 import re
 
@@ -9,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from janax.jaxlib_ext import divergence, fused, sharding
+from janax.jaxlib_ext import aot, divergence, fused, sharding
+from janax.jaxlib_ext.kernels import divergence as kernels
 from janax.jaxlib_ext.logprobs import TopK
 
 N, D, E, V = 13, 6, 9, 300
@@ -196,7 +198,7 @@ def test_extremes():
 
 
 def test_placement_of_the_unembedding_and_leading_axes():
-    arrays, _, weights, _ = problem(np.float32, n=12)
+    arrays, *_ = problem(np.float32, n=12)
     call = functools.partial(jax.jit, static_argnames=("transposed", "teacher_transposed"))(
         lambda arrays, t, **static: fused.divergence("skew_kl", **arrays, alpha=0.1, temperature=t, **static).values
     )
@@ -228,6 +230,83 @@ def test_no_array_of_tokens_by_vocabulary():
     assert size(theirs) >= 4 * n * v  # the measure sees the logits
     assert size(ours) <= 0.1 * size(theirs)
     assert max(math.prod(s) for s in arrays_of(jax.make_jaxpr(ours)(*arguments).jaxpr)) <= n * v // 8
+
+
+# --- kernels
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_kernel_changes_nothing(temperature):
+    """The TPU kernel, interpreted, with tiles that overhang both rows and vocabulary."""
+    arrays, *rest = problem(np.float32)
+
+    def run(kernel):
+        options = {"beta": 0.3, "temperature": temperature, "vocab_chunk": 64, "token_chunk": 4, "kernel": kernel}
+        f, student = of_student(lambda arrays: weighted("js", arrays, *rest, **options), arrays)
+        return jax.jit(jax.value_and_grad(f))(student)
+
+    check(run("interpret"), run(None), 1e-6, 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "alpha_divergence"])
+@pytest.mark.parametrize("kernel", [kernels.pallas_tpu, kernels.pallas_gpu])
+def test_both_kernels_equal_the_definition(kernel, kind):
+    rng = np.random.default_rng(1)
+    x, y = (3 * rng.normal(size=(2, 70, 1500))).astype(np.float32)
+    bias, teacher_bias = rng.normal(size=(2, 1500)).astype(np.float32)
+    bias[[3, 5]], teacher_bias[[3, 7]] = -np.inf, -np.inf
+    generator = divergence.resolve("", kind, **PARAMETERS.get(kind, {})).generator
+    options = {"bias": bias, "teacher_bias": teacher_bias, "temperature": 2.0, **CAPS}
+
+    def capped(x, bias, cap):
+        x = x + jnp.where(jnp.isneginf(bias), 0, bias)[None]
+        return jnp.where(jnp.isneginf(bias)[None], -jnp.inf, cap * jnp.tanh(x / cap) / 2)
+
+    def expected(x, y):
+        z_p, z_q = capped(x, bias, 5.0), capped(y, teacher_bias, 4.0)
+        values, pull = jax.vjp(lambda z: divergence.exact(generator, z, z_q), z_p)
+        return values, *pull(jnp.ones_like(values)), jax.nn.logsumexp(z_p, -1)
+
+    @jax.jit
+    def run(x, y):
+        out, z_p = kernel(generator, x, y, interpret=True, **options), capped(x, bias, 5.0)
+        slopes = out.slopes - jax.nn.softmax(z_p) * out.kappa[:, None]
+        return out.values, jnp.where(jnp.isneginf(z_p), 0, slopes), out.logsumexp
+
+    with jax.enable_x64(True):
+        theirs = jax.device_get(jax.jit(expected)(x.astype(np.float64), y.astype(np.float64)))
+    for mine, other in zip(run(x, y), theirs):
+        np.testing.assert_allclose(mine, other, rtol=5e-6, atol=5e-6 * np.abs(other).max())
+
+
+def kernel_step(kernel):
+    """A value and gradient in bfloat16, whose shapes no tile divides."""
+    shapes = {"h": (1000, 256), "w": (256, 5000), "teacher_h": (1000, 128), "teacher_w": (128, 5000)}
+    arrays = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shapes.items()}
+    arrays["bias"] = jax.ShapeDtypeStruct((5000,), jnp.float32)
+    f = lambda w, arrays: jnp.sum(fused.divergence("js", w=w, **arrays, temperature=2.0, softcap=30.0, kernel=kernel).values)  # noqa: E731
+    w = arrays.pop("w")
+    return jax.jit(jax.grad(f)), (w, arrays)
+
+
+def test_lowers_to_the_kernel():
+    step, arguments = kernel_step("pallas_tpu")
+    assert step.trace(*arguments).lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "kernel", "needs"),
+    [("v5e:2x2", "pallas_tpu", "libtpu"), ("v6e:2x2", "pallas_tpu", "libtpu"), ("h100:1x1", "pallas_gpu", "jax_cuda12_plugin")],
+)
+def test_compiles_ahead_of_time(topology, kernel, needs):
+    if importlib.util.find_spec(needs) is None:
+        pytest.skip(f"needs {needs}")
+    step, arguments = kernel_step(kernel)
+    placement = jax.sharding.SingleDeviceSharding(np.ravel(aot.topology_devices(topology))[0])
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement), arguments)
+    compiled = step.lower(*arguments).compile()
+    assert ("tpu_custom_call" if "tpu" in kernel else "triton") in compiled.as_text()
 
 
 # --- meshes
@@ -321,6 +400,8 @@ def test_messages():
         (lambda: fused.divergence("renyi", h, w, teacher_h, teacher_w), "divergence: 'alpha' is None, expected a number for renyi"),
         (lambda: fused.divergence("renyi", h, w, teacher_top_k=top, alpha=0.5), "expected an f-divergence where the teacher"),
         (lambda: fused.divergence("adaptive_kl", h, w, teacher_h, teacher_w, axis_name="x"), "sorts the vocabulary"),
+        (lambda: fused.divergence("renyi", h, w, teacher_h, teacher_w, alpha=0.5, kernel="pallas_tpu"), "expected None for this kind"),
+        (lambda: fused.divergence("js", h, w, teacher_h, teacher_w, kernel="tpu"), "'kernel' is 'tpu', expected"),
         (lambda: fused.divergence("js", h, w, teacher_h, teacher_w, teacher_softcap=-1.0), "'teacher_softcap' is -1.0"),
         (
             lambda: fused.weighted_divergence("js", h, w, teacher_h, teacher_w, weights, labels=labels),
