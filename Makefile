@@ -1,6 +1,6 @@
 # make demo        an experiment on data that comes with the package, and its report
 # make test        the fast tests                    make test-all    all of them
-# make lint        style, types, import directions   make bench       benchmarks beside torch and diffusers (an environment of its own)
+# make lint        style, types, import directions   make bench       benchmarks beside torch, diffusers and TRL (an environment of its own)
 # make aot         compile the paper's scale for pods that are not there (an environment of its own: over 1 GB)
 # make clean       remove environments and caches; runs/ stays
 #
@@ -38,7 +38,7 @@ $(VENV)/.installed-dev: pyproject.toml
 
 $(BENCH_VENV)/.installed: pyproject.toml
 	@$(call make_venv,$(BENCH_VENV))
-	$(BENCH_VENV)/bin/python -m pip install -q --disable-pip-version-check -e '.[tpu]' torch==2.13.0 diffusers
+	$(BENCH_VENV)/bin/python -m pip install -q --disable-pip-version-check -e '.[tpu]' torch==2.13.0 diffusers trl
 	@touch $@
 
 $(AOT_VENV)/.installed: pyproject.toml

@@ -12,6 +12,7 @@ Two ratios of time: by the clock, and of processor seconds, which other programs
 
 import argparse
 import functools
+import importlib.util
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -130,7 +131,8 @@ def main() -> None:
     arguments = parser.parse_args()
     arrays = problem(arguments.tokens, arguments.width, arguments.vocabulary)
     shape = {"tokens": arguments.tokens, "width": arguments.width, "vocabulary": arguments.vocabulary}
-    peers = [peer for peer in arguments.peers if torch is not None or peer in ("jax", "products")]
+    needs = {"torch": "torch", "trl": "trl"}
+    peers = [peer for peer in arguments.peers if peer not in needs or importlib.util.find_spec(needs[peer])]
     for kind in arguments.kinds:
         for case, row in measure(kind, arrays, peers, arguments.repeats).items():
             show("fused_divergences", {case: shape | row})
