@@ -114,7 +114,7 @@ _COSTS: dict[str, Cost] = {
 }
 COSTS = tuple(_COSTS)
 """l1 (the paper's), squared: |s - t|^2, hellinger: 1 - sum sqrt(s t), logits: mean squared difference of centred logits, log_probabilities: mean
-|log s - log t|, each at least -20. The last two still vary where outputs do not overlap."""
+|log s - log t|, each at least -20. Where outputs do not overlap "logits" still varies, "log_probabilities" until both are at their bounds."""
 
 
 def cost_matrix(

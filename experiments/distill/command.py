@@ -323,8 +323,9 @@ def _markdown(record: dict[str, Any], options: Options) -> str:
 
 def _show(record: dict[str, Any], options: Options, console: Console) -> None:
     columns, rows = _rows(record)
-    table = Table(title=_title(record), title_justify="left", title_style="bold", header_style="bold")
-    table.add_column(columns[0], overflow="fold")
+    _say(console, _title(record))
+    table = Table(header_style="bold")
+    table.add_column(columns[0], no_wrap=True)
     for column in columns[1:]:
         table.add_column(column, justify="right", overflow="fold")
     for row in rows:

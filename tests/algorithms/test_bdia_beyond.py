@@ -25,8 +25,9 @@ def test_two_steps_are_o_belm(problem, x64):
     np.testing.assert_allclose(many.a, expected, rtol=0, atol=1e-9 * np.abs(expected).max())
     np.testing.assert_allclose(many.c[:, 0], table.c, rtol=1e-9)
     z = jnp.asarray(problem.start(grid))
-    ours = bdia.multistep_sample(problem.noise_fn, None, z, grid, k=2)
-    theirs = bdia.sample(problem.noise_fn, None, z, grid, table)
+    ours, theirs = jax.jit(
+        lambda z: (bdia.multistep_sample(problem.noise_fn, None, z, grid, k=2), bdia.sample(problem.noise_fn, None, z, grid, table))
+    )(z)
     np.testing.assert_allclose(ours.z, jnp.stack(theirs), rtol=0, atol=1e-9 * float(jnp.abs(z).max()))
 
 
@@ -60,15 +61,21 @@ def test_multistep_round_trips(vp, k, x64):
     """Both ways round, partly and wholly. Rounding grows by the largest root per step (k = 3: about 10), hence few steps and this bar."""
     grid = vp.grid(9)
     z = jnp.asarray(vp.start(grid, batch=4))
-    data = bdia.multistep_sample(vp.noise_fn, None, z, grid, k=k)
-    again = bdia.multistep_encode(vp.noise_fn, None, data, grid, k=k)
+    f = vp.noise_fn
+
+    @jax.jit
+    def both_ways(z):
+        data = bdia.multistep_sample(f, None, z, grid, k=k)
+        parts = [bdia.multistep_encode(f, None, data.z[0], grid, k=k, num_levels=levels) for levels in (6, 9)]
+        backs = [bdia.multistep_decode(f, None, state, grid, k=k, num_levels=levels).z[0] for levels, state in zip((6, 9), parts)]
+        return data, bdia.multistep_encode(f, None, data, grid, k=k), parts, backs
+
+    data, again, parts, backs = both_ways(z)
     table = bdia.multistep_coefficients(grid, k)
     growth = np.prod(np.maximum(bdia.multistep_roots(table, grid), 1.0)) * np.prod(np.maximum(1 / np.abs(table.a[:, -1]), 1.0))
     scale = float(jnp.abs(data.z).max())
     assert float(jnp.abs(again.z[-1] - z).max()) <= 1e-16 * growth * max(scale, 1.0) * 100
-    for levels in (6, 9):
-        state = bdia.multistep_encode(vp.noise_fn, None, data.z[0], grid, k=k, num_levels=levels)
-        back = bdia.multistep_decode(vp.noise_fn, None, state, grid, k=k, num_levels=levels).z[0]
+    for state, back in zip(parts, backs):
         assert rms(back - data.z[0]) <= 1e-16 * growth * max(float(jnp.abs(state.z).max()), 1.0) * 100
 
 
@@ -85,7 +92,7 @@ def test_three_steps_in_one_call_are_three_calls(vp, x64):
         noise[i] = eps(levels[i], i)
         a, c = table.a[i - 1], table.c[i - 1]
         levels[i - 1] = a[0] * levels[i] + a[1] * levels[i + 1] + a[2] * levels[i + 2] + c[0] * noise[i] + c[1] * noise[i + 1]
-    ours = bdia.multistep_sample(vp.noise_fn, None, jnp.asarray(z), grid, k=3)
+    ours = jax.jit(lambda z: bdia.multistep_sample(vp.noise_fn, None, z, grid, k=3))(z)
     scale = max(np.abs(levels[i]).max() for i in range(3))
     np.testing.assert_allclose(ours.z, np.stack([levels[0], levels[1], levels[2]]), rtol=0, atol=1e-9 * scale)
 
@@ -98,7 +105,7 @@ def test_multistep_gradients_agree(vp, x64):
         return jnp.mean(jnp.square(bdia.multistep_sample(vp.noise_fn, params, z, grid, k=3, gradient=gradient).z[0]))
 
     plain, walked = (
-        jax.grad(functools.partial(loss, gradient=g))({"scale": jnp.asarray(0.1)})["scale"] for g in ("autodiff", "reversible")
+        jax.jit(jax.grad(functools.partial(loss, gradient=g)))({"scale": jnp.asarray(0.1)})["scale"] for g in ("autodiff", "reversible")
     )
     np.testing.assert_allclose(walked, plain, rtol=1e-6)
 
@@ -106,23 +113,28 @@ def test_multistep_gradients_agree(vp, x64):
 def test_bdia_on_dpm_solver(problem, x64):
     grid = problem.grid(12)
     z = problem.start(grid)
-    for gamma in (0.0, 0.5, 1.0):
+    gammas = (0.0, 0.5, 1.0)
+    plain, sampled = jax.jit(
+        lambda z: (
+            bdia.dpm_solver_2m_sample(problem.noise_fn, None, z, grid),
+            [bdia.bdia_dpm_solver_2m_sample(problem.noise_fn, None, z, grid, gamma=gamma) for gamma in gammas],
+        )
+    )(z)
+    for gamma, ours in zip(gammas, sampled):
         a = np.concatenate([[np.nan], bdia.coefficients(grid, gamma).a])
-        ours = bdia.bdia_dpm_solver_2m_sample(problem.noise_fn, None, jnp.asarray(z), grid, gamma=gamma)
         theirs = reference.bdia_dpm_solver_2m(problem.eps(grid), z, grid.alpha, grid.sigma, a)
         scale = max(1.0, np.abs(theirs[1]).max())
         np.testing.assert_allclose(ours.z_i, theirs[0], rtol=0, atol=1e-8 * scale)
         np.testing.assert_allclose(ours.z_ip1, theirs[1], rtol=0, atol=1e-8 * scale)
-    plain = bdia.dpm_solver_2m_sample(problem.noise_fn, None, jnp.asarray(z), grid)
-    none = bdia.bdia_dpm_solver_2m_sample(problem.noise_fn, None, jnp.asarray(z), grid, gamma=0.0).z_i
-    np.testing.assert_allclose(none, plain, rtol=0, atol=1e-12 * max(1.0, float(jnp.abs(plain).max())))
+    np.testing.assert_allclose(sampled[0].z_i, plain, rtol=0, atol=1e-12 * max(1.0, float(jnp.abs(plain).max())))
 
 
 def test_anderson_against_least_squares(vp, x64):
     grid = vp.grid(8)
     z = reference.ddim(vp.eps(grid), vp.start(grid, batch=4), grid.alpha, grid.sigma)
     for K, memory in ((3, 1), (4, 2)):
-        ours, _ = bdia.fixed_point_invert(vp.noise_fn, None, jnp.asarray(z), grid, num_iters=K, memory=memory)
+        invert = functools.partial(bdia.fixed_point_invert, vp.noise_fn, None, grid=grid, num_iters=K, memory=memory)
+        ours, _ = jax.jit(invert)(z)
         theirs = reference.anderson_invert(vp.eps(grid), z, grid.alpha, grid.sigma, K, memory)
         # the ridge moves the weights by 10 units times the condition of a 3 x 3 system whose residuals differ by 1e-2 to 1e-4 in size
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
@@ -131,10 +143,10 @@ def test_anderson_against_least_squares(vp, x64):
 def test_anderson_needs_fewer_iterations(vp, x64):
     grid = vp.grid(10)
     start = jnp.asarray(vp.start(grid))
-    z = bdia.ddim_sample(vp.noise_fn, None, start, grid)
+    z = jax.jit(lambda z: bdia.ddim_sample(vp.noise_fn, None, z, grid))(start)
     error = {}
     for memory in (0, 3):
-        found, info = bdia.fixed_point_invert(vp.noise_fn, None, z, grid, num_iters=8, memory=memory)
+        found, info = jax.jit(functools.partial(bdia.fixed_point_invert, vp.noise_fn, None, grid=grid, num_iters=8, memory=memory))(z)
         error[memory] = rms(found - start)
         assert bool(jnp.all(jnp.isfinite(info.residual)))
     assert error[3] < 0.1 * error[0]
@@ -143,8 +155,8 @@ def test_anderson_needs_fewer_iterations(vp, x64):
 def test_averaging_takes_the_mean_of_the_last_iterates(vp, x64):
     grid = vp.grid(6)
     z = jnp.asarray(vp.start(grid, batch=2))
-    first = [bdia.fixed_point_invert(vp.noise_fn, None, z, grid, num_iters=k, num_levels=1)[0] for k in (2, 3, 4)]
-    mean = bdia.fixed_point_invert(vp.noise_fn, None, z, grid, num_iters=4, average_last=3, num_levels=1)[0]
+    invert = functools.partial(bdia.fixed_point_invert, vp.noise_fn, None, grid=grid, num_levels=1)
+    first, mean = jax.jit(lambda z: ([invert(z, num_iters=k)[0] for k in (2, 3, 4)], invert(z, num_iters=4, average_last=3)[0]))(z)
     np.testing.assert_allclose(mean, sum(first) / 3, rtol=1e-12)
 
 
@@ -180,7 +192,8 @@ def test_diffusion_against_its_recurrence(vp, x64):
         churn * np.sqrt(sb[i] ** 2 - sb[i - 1] ** 2) * np.asarray(jax.random.normal(jax.random.fold_in(key, i), z.shape, jnp.float64))
         for i in range(1, 9)
     ]
-    ours = bdia.coupled_sample(vp.noise_fn, None, jnp.asarray(z), grid, tableau=bdia.EULER, churn=churn, key=key, zeta=0.9).x
+    sample = functools.partial(bdia.coupled_sample, vp.noise_fn, None, grid=grid, tableau=bdia.EULER, churn=churn, zeta=0.9)
+    ours = jax.jit(lambda z, key: sample(z, key=key))(z, key).x
     theirs = reference.coupled_diffusion_euler(vp.eps(grid), z, grid.alpha, grid.sigma, 0.9, churn, noise)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9)
 
@@ -245,8 +258,9 @@ def test_adaptive_levels(problem, x64):
         assert grid.sigma[0] == 0 and bdia.sigma_bar(grid)[-1] == pytest.approx(top)
     assert lengths[1] > lengths[0] and errors[1] < errors[0] < 0.1
     table = bdia.coefficients(grid, 1.0)
-    pair = bdia.sample(problem.noise_fn, None, z, grid, table)
-    assert float(jnp.abs(bdia.encode(problem.noise_fn, None, pair, grid, table).z_ip1 - z).max()) <= 1e-10 * float(jnp.abs(z).max())
+    there = lambda z: bdia.sample(problem.noise_fn, None, z, grid, table)  # noqa: E731
+    back = jax.jit(lambda z: bdia.encode(problem.noise_fn, None, there(z), grid, table).z_ip1)(z)
+    assert float(jnp.abs(back - z).max()) <= 1e-10 * float(jnp.abs(z).max())
 
 
 def test_adaptive_refuses():

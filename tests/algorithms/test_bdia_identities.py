@@ -1,5 +1,6 @@
 """What the paper claims, as identities: exactness, DDIM at gamma = 0, orders of accuracy, error amplification, Jacobian, integers."""
 
+import functools
 import warnings
 from fractions import Fraction
 
@@ -26,44 +27,66 @@ def tables(grid):
 def test_gamma_zero_is_ddim(problem, x64):
     grid = problem.grid(20)
     z = jnp.asarray(problem.start(grid))
-    ours = bdia.sample(problem.noise_fn, None, z, grid, bdia.coefficients(grid, 0.0)).z_i
-    np.testing.assert_allclose(ours, bdia.ddim_sample(problem.noise_fn, None, z, grid), rtol=0, atol=1e-12)
+    table = bdia.coefficients(grid, 0.0)
+    ours, ddim = jax.jit(
+        lambda z: (bdia.sample(problem.noise_fn, None, z, grid, table).z_i, bdia.ddim_sample(problem.noise_fn, None, z, grid))
+    )(z)
+    np.testing.assert_allclose(ours, ddim, rtol=0, atol=1e-12)
 
 
 def test_round_trips_at_fifty_steps(vp, x64):
     grid = vp.grid(50)
     z = jnp.asarray(vp.start(grid))
+    f = vp.noise_fn
+
+    @jax.jit
+    def round_trips(z, table):  # one program for all tables
+        pair = bdia.sample(f, None, z, grid, table)
+        encoded = bdia.encode(f, None, pair.z_i, grid, table, unstable="ignore")
+        noise = bdia.encode(f, None, pair, grid, table, unstable="ignore").z_ip1
+        return noise - z, bdia.decode(f, None, encoded, grid, table).z_i - pair.z_i
+
     for name, table in tables(grid).items():
-        pair = bdia.sample(vp.noise_fn, None, z, grid, table)
-        assert float(jnp.abs(bdia.encode(vp.noise_fn, None, pair, grid, table).z_ip1 - z).max()) <= 1e-12, name
-        encoded = bdia.encode(vp.noise_fn, None, pair.z_i, grid, table)
-        assert float(jnp.abs(bdia.decode(vp.noise_fn, None, encoded, grid, table).z_i - pair.z_i).max()) <= 1e-12, name
-    x = bdia.edict_sample(vp.noise_fn, None, z, grid)
-    assert float(jnp.abs(bdia.edict_encode(vp.noise_fn, None, x, grid).x - z).max()) <= 1e-12
-    plain = bdia.ddim_sample(vp.noise_fn, None, z, grid)
-    assert float(jnp.abs(bdia.ddim_invert(vp.noise_fn, None, plain, grid) - z).max()) >= 0.1
+        for error in round_trips(z, jax.tree.map(jnp.asarray, table)):
+            assert float(jnp.abs(error).max()) <= 1e-12, name
+
+    @jax.jit
+    def others(z):
+        x = bdia.edict_encode(f, None, bdia.edict_sample(f, None, z, grid), grid).x
+        return x - z, bdia.ddim_invert(f, None, bdia.ddim_sample(f, None, z, grid), grid) - z
+
+    edict, plain = others(z)
+    assert float(jnp.abs(edict).max()) <= 1e-12
+    assert float(jnp.abs(plain).max()) >= 0.1
 
 
 def test_round_trip_in_float32(vp):
     grid = vp.grid(50)
     z = jnp.asarray(vp.start(grid), jnp.float32)
     table = bdia.coefficients(grid, 1.0)
-    pair = bdia.sample(vp.noise_fn, None, z, grid, table)
-    assert float(jnp.abs(bdia.encode(vp.noise_fn, None, pair, grid, table).z_ip1 - z).max()) <= 1e-5
+    sample = lambda z: bdia.sample(vp.noise_fn, None, z, grid, table)  # noqa: E731
+    back = jax.jit(lambda z: bdia.encode(vp.noise_fn, None, sample(z), grid, table).z_ip1)(z)
+    assert float(jnp.abs(back - z).max()) <= 1e-5
 
 
 def test_the_second_state_is_needed(vp, x64):
     grid = vp.grid(50)
-    x = bdia.ddim_sample(vp.noise_fn, None, jnp.asarray(vp.start(grid)), grid)
-    table = bdia.coefficients(grid, 0.96)
-    encoded = bdia.encode(vp.noise_fn, None, x, grid, table)
-    assert rms(bdia.decode(vp.noise_fn, None, encoded, grid, table).z_i - x) < 1e-12
-    assert rms(bdia.sample(vp.noise_fn, None, encoded.z_ip1, grid, table).z_i - x) > 1e-3
+    table, f = bdia.coefficients(grid, 0.96), vp.noise_fn
+
+    @jax.jit
+    def with_and_without(z):
+        x = bdia.ddim_sample(f, None, z, grid)
+        encoded = bdia.encode(f, None, x, grid, table)
+        return bdia.decode(f, None, encoded, grid, table).z_i - x, bdia.sample(f, None, encoded.z_ip1, grid, table).z_i - x
+
+    both, one = with_and_without(jnp.asarray(vp.start(grid)))
+    assert rms(both) < 1e-12
+    assert rms(one) > 1e-3
 
 
 def test_orders_on_the_edm_grid(edm, x64):
     z = jnp.asarray(80.0 * np.random.default_rng(1).normal(size=(16, 8)))
-    exact = bdia.heun_sample(edm.noise_fn, None, z, edm.grid(4000))
+    exact = jax.jit(lambda z: bdia.heun_sample(edm.noise_fn, None, z, edm.grid(4000)))(z)
     solvers = {
         "DDIM": (1, lambda g: bdia.ddim_sample(edm.noise_fn, None, z, g)),
         "BDIA 1": (2, lambda g: bdia.sample(edm.noise_fn, None, z, g, bdia.coefficients(g, 1.0)).z_i),
@@ -72,8 +95,10 @@ def test_orders_on_the_edm_grid(edm, x64):
         "reversible Heun": (2, lambda g: bdia.reversible_heun_sample(edm.noise_fn, None, z, g).z),
     }
     steps = np.array([50, 100, 200, 400])
-    for name, (order, solve) in solvers.items():
-        errors = [rms(solve(edm.grid(int(n))) - exact) for n in steps]
+    solve_all = lambda grid: {name: solve(grid) for name, (_, solve) in solvers.items()}  # noqa: E731
+    found = [jax.jit(functools.partial(solve_all, edm.grid(int(n))))() for n in steps]
+    for name, (order, _) in solvers.items():
+        errors = [rms(x[name] - exact) for x in found]
         slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
         assert abs(slope - order) <= 0.15, (name, slope)
 
@@ -136,7 +161,7 @@ def test_log_determinant_against_autodiff(vp, x64):
         state = bdia.BdiaState(z_i=flat[:8], z_ip1=flat[8:])
         return jnp.concatenate(bdia.decode(vp.noise_fn, None, state, grid, table))
 
-    jacobian = jax.jacobian(pair_map)(jnp.asarray(np.random.default_rng(0).normal(size=16)))
+    jacobian = jax.jit(jax.jacobian(pair_map))(jnp.asarray(np.random.default_rng(0).normal(size=16)))
     assert float(jnp.linalg.slogdet(jacobian)[1]) == pytest.approx(bdia.log_determinant(table, 8), abs=1e-9)
     assert bdia.log_determinant(table, 8) == pytest.approx(8 * 4 * np.log(0.8))
     assert bdia.log_determinant(bdia.coefficients(grid, 1.0), 8) == 0.0
@@ -148,7 +173,7 @@ def test_edict_log_determinant_against_autodiff(vp, x64):
     def both(flat):
         return jnp.concatenate(bdia.edict_decode(vp.noise_fn, None, bdia.EdictState(flat[:8], flat[8:]), grid, p=0.9))
 
-    jacobian = jax.jacobian(both)(jnp.asarray(np.random.default_rng(0).normal(size=16)))
+    jacobian = jax.jit(jax.jacobian(both))(jnp.asarray(np.random.default_rng(0).normal(size=16)))
     assert float(jnp.linalg.slogdet(jacobian)[1]) == pytest.approx(bdia.edict_log_determinant(grid, 8, p=0.9), abs=1e-9)
 
 
@@ -168,16 +193,22 @@ def test_integers_are_exact_both_ways(vp, gamma, width):
     grid = vp.grid(50 if gamma != Fraction(3, 7) else 12)
     with jax.enable_x64(width == "float64"):
         z = jnp.asarray(vp.start(grid))
-        sampled = bdia.integer_sample(vp.noise_fn, None, z, grid, gamma=gamma)
-        back = bdia.integer_encode(vp.noise_fn, None, sampled, grid, gamma=gamma)
+        f = vp.noise_fn
+
+        @jax.jit
+        def both_ways(z, x):
+            sampled = bdia.integer_sample(f, None, z, grid, gamma=gamma)
+            back = bdia.integer_encode(f, None, sampled, grid, gamma=gamma)
+            encoded = bdia.integer_encode(f, None, x, grid, gamma=gamma, num_levels=10)
+            return sampled, back, bdia.integer_decode(f, None, encoded, grid, gamma=gamma, num_levels=10)
+
+        x = 0.3 * z
+        sampled, back, again = both_ways(z, x)
         np.testing.assert_array_equal(back.n_ip1, bdia.quantize(z, bits=16))
         assert not bool(sampled.overflow)
         assert int(jnp.sum(back.side)) == 0  # the remainders are used up: the checksum
         if gamma != 1:
             assert int(jnp.sum(sampled.side)) > 0
-        x = 0.3 * z
-        encoded = bdia.integer_encode(vp.noise_fn, None, x, grid, gamma=gamma, num_levels=10)
-        again = bdia.integer_decode(vp.noise_fn, None, encoded, grid, gamma=gamma, num_levels=10)
         np.testing.assert_array_equal(again.n_i, bdia.quantize(x, bits=16))
 
 

@@ -14,60 +14,60 @@ N = 10
 PARAMS = {"scale": np.float32(0.1)}
 
 
-def run_all(problem, grid, z, params=None):
-    """One output per public sampler, by name."""
+def samplers(problem, grid, params=None):
+    """z to one output, for every public sampler by name."""
     noise = functools.partial(problem.noise_fn, params)
     f = lambda params, z, t, cond=None: noise(z, t, cond)  # noqa: E731
     table = bdia.coefficients(grid, 0.96)
     coupled = {"tableau": bdia.MIDPOINT}
     return {
-        "sample": bdia.sample(f, None, z, grid, table).z_i,
-        "encode": bdia.encode(f, None, z, grid, table).z_ip1,
-        "decode": bdia.decode(f, None, bdia.BdiaState(z, z), grid, table).z_i,
-        "ddim_sample": bdia.ddim_sample(f, None, z, grid),
-        "ddim_invert": bdia.ddim_invert(f, None, z, grid),
-        "fixed_point": bdia.fixed_point_invert(f, None, z, grid, num_iters=2)[0],
-        "fixed_point_average": bdia.fixed_point_invert(f, None, z, grid, num_iters=3, average_last=2)[0],
-        "edict": bdia.edict_sample(f, None, z, grid, order="alternate").x,
-        "edict_encode": bdia.edict_encode(f, None, z, grid).y,
-        "heun": bdia.heun_sample(f, None, z, grid),
-        "bdia_heun": bdia.bdia_heun_sample(f, None, z, grid, gamma=0.7).z_i,
-        "bdia_heun_encode": bdia.bdia_heun_encode(f, None, z, grid).z_i,
-        "dpm": bdia.dpm_solver_2m_sample(f, None, z, grid),
-        "bdia_dpm": bdia.bdia_dpm_solver_2m_sample(f, None, z, grid, gamma=0.5).z_i,
-        "multistep": bdia.multistep_sample(f, None, z, grid, k=2).z[0],
-        "reversible_heun": bdia.reversible_heun_sample(f, None, z, grid).z,
-        "coupled": bdia.coupled_sample(f, None, z, grid, **coupled).x,
-        "coupled_encode": bdia.coupled_encode(f, None, z, grid, **coupled).x,
-        "integer": bdia.dequantize(bdia.integer_sample(f, None, z, grid, gamma=0.5).n_i, bits=16),
-        "edit": bdia.edit(f, None, z, grid, table, source=1.0, target=0.0)[0],
-        "flow": bdia.flow_solve(f, None, z, np.linspace(1.0, 0.1, 5)),
+        "sample": lambda z: bdia.sample(f, None, z, grid, table).z_i,
+        "encode": lambda z: bdia.encode(f, None, z, grid, table).z_ip1,
+        "decode": lambda z: bdia.decode(f, None, bdia.BdiaState(z, z), grid, table).z_i,
+        "ddim_sample": lambda z: bdia.ddim_sample(f, None, z, grid),
+        "ddim_invert": lambda z: bdia.ddim_invert(f, None, z, grid),
+        "fixed_point": lambda z: bdia.fixed_point_invert(f, None, z, grid, num_iters=2)[0],
+        "fixed_point_average": lambda z: bdia.fixed_point_invert(f, None, z, grid, num_iters=3, average_last=2)[0],
+        "edict": lambda z: bdia.edict_sample(f, None, z, grid, order="alternate").x,
+        "edict_encode": lambda z: bdia.edict_encode(f, None, z, grid).y,
+        "heun": lambda z: bdia.heun_sample(f, None, z, grid),
+        "bdia_heun": lambda z: bdia.bdia_heun_sample(f, None, z, grid, gamma=0.7).z_i,
+        "bdia_heun_encode": lambda z: bdia.bdia_heun_encode(f, None, z, grid).z_i,
+        "dpm": lambda z: bdia.dpm_solver_2m_sample(f, None, z, grid),
+        "bdia_dpm": lambda z: bdia.bdia_dpm_solver_2m_sample(f, None, z, grid, gamma=0.5).z_i,
+        "multistep": lambda z: bdia.multistep_sample(f, None, z, grid, k=2).z[0],
+        "reversible_heun": lambda z: bdia.reversible_heun_sample(f, None, z, grid).z,
+        "coupled": lambda z: bdia.coupled_sample(f, None, z, grid, **coupled).x,
+        "coupled_encode": lambda z: bdia.coupled_encode(f, None, z, grid, **coupled).x,
+        "integer": lambda z: bdia.dequantize(bdia.integer_sample(f, None, z, grid, gamma=0.5).n_i, bits=16),
+        "edit": lambda z: bdia.edit(f, None, z, grid, table, source=1.0, target=0.0)[0],
+        "flow": lambda z: bdia.flow_solve(f, None, z, np.linspace(1.0, 0.1, 5)),
     }
 
 
-def test_jit_and_vmap_agree_with_the_plain_call(vp):
-    grid = vp.grid(N)
-    z = jnp.asarray(vp.start(grid, batch=4), jnp.float32)
-    plain = run_all(vp, grid, z)
-    jitted = jax.jit(lambda z: run_all(vp, grid, z))(z)
-    mapped = jax.jit(jax.vmap(lambda z: run_all(vp, grid, z)))(z)
+def test_jit_and_vmap_agree_with_the_plain_call(vp, x64):
+    grid = vp.grid(4)
+    z = jnp.asarray(vp.start(grid, batch=4))
+    run_all = lambda z: {name: run(z) for name, run in samplers(vp, grid).items()}  # noqa: E731
+    with jax.disable_jit():  # operation by operation, most of which the samplers share
+        plain = run_all(z)
+    jitted, mapped = jax.jit(lambda z: (run_all(z), jax.vmap(run_all)(z)))(z)
     for name, value in plain.items():
-        # one rounding of float32 (1.2e-7) grows by at most gamma^-9 = 1.4 in encode, 1/A in EDICT; integers move by whole units of 2^-16
-        tolerance = 5e-4 if name == "integer" else 2e-5
+        tolerance = 5e-4 if name == "integer" else 1e-10  # integers move by whole units of 2^-16
         np.testing.assert_allclose(jitted[name], value, rtol=0, atol=tolerance, err_msg=name)
         np.testing.assert_allclose(mapped[name], value, rtol=0, atol=tolerance, err_msg=name)
 
 
 def test_every_sampler_is_differentiable(vp):
-    grid = vp.grid(N)
+    grid = vp.grid(4)
     z = jnp.asarray(vp.start(grid, batch=2), jnp.float32)
 
-    def total(z):
-        return {k: jnp.sum(v * v) for k, v in run_all(vp, grid, z).items() if k != "integer"}
+    def total(z_of):
+        return sum(jnp.sum(jnp.square(run(z_of[name]))) for name, run in samplers(vp, grid).items() if name in z_of)
 
-    jacobian = jax.jit(jax.jacrev(total))(z)
-    for name, gradient in jacobian.items():
-        assert bool(jnp.all(jnp.isfinite(gradient))) and float(jnp.abs(gradient).max()) > 0, name
+    gradients = jax.jit(jax.grad(total))({name: z for name in samplers(vp, grid) if name != "integer"})
+    for name, gradient in gradients.items():
+        assert np.all(np.isfinite(gradient)) and np.abs(gradient).max() > 0, name
 
 
 def test_loss_and_gradient_on_meshes(vp, mesh):
@@ -97,7 +97,8 @@ def test_samples_do_not_depend_on_the_number_of_devices(vp):
     grid = vp.grid(N)
     z = np.asarray(vp.start(grid, batch=8), np.float32)
     table = bdia.belm_coefficients(grid)
-    run = jax.jit(lambda z: bdia.sample(vp.noise_fn, PARAMS, z, grid, table).z_i)
+    # unoptimised, the program of one row a device rounds exponentials differently from that of eight
+    run = jax.jit(lambda z: bdia.sample(vp.noise_fn, PARAMS, z, grid, table).z_i, compiler_options={"xla_backend_optimization_level": 3})
     results = []
     for count in (1, 2, 4, 8):
         with jax.set_mesh(device_mesh(count)):
@@ -128,9 +129,9 @@ def test_vmap_over_gamma(vp):
     grid = vp.grid(N)
     z = jnp.asarray(vp.start(grid, batch=2), jnp.float32)
     gammas = jnp.asarray([0.0, 0.5, 1.0])
-    batched = jax.vmap(lambda g: bdia.sample(vp.noise_fn, None, z, grid, bdia.coefficients(grid, g)).z_i)(gammas)
-    for g, row in zip((0.0, 0.5, 1.0), batched):
-        np.testing.assert_allclose(row, bdia.sample(vp.noise_fn, None, z, grid, bdia.coefficients(grid, g)).z_i, atol=2e-5)
+    run = lambda g: bdia.sample(vp.noise_fn, None, z, grid, bdia.coefficients(grid, g)).z_i  # noqa: E731
+    for row, alone in zip(*jax.jit(lambda gammas: (jax.vmap(run)(gammas), [run(g) for g in (0.0, 0.5, 1.0)]))(gammas)):
+        np.testing.assert_allclose(row, alone, atol=2e-5)
 
 
 def test_gradient_with_respect_to_gamma(vp, x64):
@@ -141,9 +142,10 @@ def test_gradient_with_respect_to_gamma(vp, x64):
         return jnp.sum(bdia.sample(vp.noise_fn, PARAMS, z, grid, bdia.coefficients(grid, g), gradient=gradient).z_i ** 2)
 
     step = 1e-6
-    numeric = (loss(0.8 + step, "autodiff") - loss(0.8 - step, "autodiff")) / (2 * step)
-    for gradient in ("autodiff", "reversible"):
-        np.testing.assert_allclose(jax.grad(loss)(jnp.asarray(0.8), gradient), numeric, rtol=1e-6)
+    plain, walked = (jax.jit(jax.value_and_grad(functools.partial(loss, gradient=gradient))) for gradient in ("autodiff", "reversible"))
+    numeric = (plain(0.8 + step)[0] - plain(0.8 - step)[0]) / (2 * step)
+    for function in (plain, walked):
+        np.testing.assert_allclose(function(0.8)[1], numeric, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["sample", "encode", "decode", "edict", "reversible_heun", "coupled"])
@@ -165,10 +167,10 @@ def test_reversible_gradient_equals_autodiff(vp, name, x64):
         return sum(jnp.sum(jnp.sin(x)) for x in outcome)
 
     params, cond = {"scale": jnp.asarray(0.1)}, jnp.asarray(0.3)
-    plain = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), static_argnums=3)(params, z, cond, "autodiff")
-    walked = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), static_argnums=3)(params, z, cond, "reversible")
-    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(walked)):
-        np.testing.assert_allclose(b, a, rtol=1e-9, atol=1e-9 * float(jnp.abs(a).max()))
+    both = lambda *x: tuple(jax.grad(loss, argnums=(0, 1, 2))(*x, gradient) for gradient in ("autodiff", "reversible"))  # noqa: E731
+    plain, walked = jax.device_get(jax.jit(both)(params, z, cond))
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(walked), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-9, atol=1e-9 * np.abs(a).max())
 
 
 def _mlp_problem(num_steps):

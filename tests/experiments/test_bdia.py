@@ -52,14 +52,15 @@ def test_loss_of_the_perfect_and_the_zero_predictor():
     batch = {"image": jnp.asarray(data.train[:512]), "label": jnp.asarray(data.train_labels[:512])}
     keys = jax.random.split(jax.random.key(0), 512)
     loss = digits.loss_fn(network, mixture.sd_alphas_cumprod(), label_drop=0.15)
-    assert float(loss(network.init(jax.random.key(0)), batch, keys)[0]) == pytest.approx(1.0, abs=0.02)  # the last layer starts at zero
+    params = jax.jit(network.init)(jax.random.key(0))
+    assert float(jax.jit(loss)(params, batch, keys)[0]) == pytest.approx(1.0, abs=0.02)  # the last layer starts at zero
     table = mixture.sd_alphas_cumprod()
 
     def oracle(params, z, t, cond):
         alpha = jnp.sqrt(jnp.asarray(table, jnp.float32))[t.astype(jnp.int32)].reshape(-1, 1, 1, 1)
         return (z - alpha * batch["image"]) / jnp.sqrt(1 - alpha**2)
 
-    assert float(digits.loss_fn(network._replace(noise_fn=oracle), table, label_drop=0.0)(None, batch, keys)[0]) < 1e-5
+    assert float(jax.jit(digits.loss_fn(network._replace(noise_fn=oracle), table, label_drop=0.0))(None, batch, keys)[0]) < 1e-5
 
 
 def test_the_mixture_is_the_reference_mixture():
@@ -69,8 +70,8 @@ def test_the_mixture_is_the_reference_mixture():
     sb = 0.7
     alpha = 1 / np.sqrt(1 + sb**2)
     with jax.enable_x64(True):
-        np.testing.assert_allclose(mixture.VP_NOISE(params, z, sb), model.eps(z, alpha, sb * alpha), rtol=1e-12)
-        np.testing.assert_allclose(mixture.VE_NOISE(params, z, sb), model.eps(z, 1.0, sb), rtol=1e-12)
+        np.testing.assert_allclose(jax.jit(mixture.VP_NOISE)(params, z, sb), model.eps(z, alpha, sb * alpha), rtol=1e-12)
+        np.testing.assert_allclose(jax.jit(mixture.VE_NOISE)(params, z, sb), model.eps(z, 1.0, sb), rtol=1e-12)
 
 
 def test_exact_flow_agrees_with_a_finer_one():
@@ -117,6 +118,7 @@ def test_latents_study_on_a_tiny_checkpoint(tmp_path):
     assert table["BDIA"][2] < 1e-8 and table["O-BELM"][2] < 1e-6 and table["DDIM"][2] > 10 * table["BDIA"][2]
 
 
+@pytest.mark.slow
 def test_a_whole_small_run_and_its_report(tmp_path):
     """A few steps of training, a few samples: every study that `smoke` runs ends in claims; the run is finished and stays so."""
     command = [sys.executable, "-m", "janax.experiments.cli", "run", "bdia", "--preset", "smoke", "--workdir", str(tmp_path / "run")]

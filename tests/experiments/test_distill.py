@@ -128,6 +128,7 @@ def test_adapters_learn_from_the_students_own_completions(reference, tiny_studen
     assert merged.tokenizer is not None and (reference / "tokenizer.json").exists()
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_it_ends_in_the_same_bits(distill, reference, tmp_path, monkeypatch):
     batch_of = corpus.Batches.__call__
 

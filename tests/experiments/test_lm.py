@@ -115,6 +115,7 @@ def open_session(config, tmp_path):
     return sessions.open_session("lm", config, tmp_path / "run", console=rich.console.Console(quiet=True), signals=False)
 
 
+@pytest.mark.slow
 def test_the_experiment_runs_and_reports(tmp_path):
     with open_session(CONFIG, tmp_path) as session:
         results = lm.run(CONFIG, session)

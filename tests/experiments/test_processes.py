@@ -83,6 +83,7 @@ def test_functions_in_two_processes(pair, tmp_path):
     assert (tmp_path / "run" / "figures" / "picture.png").read_text() == "0"
 
 
+@pytest.mark.slow
 def test_two_one_and_two_processes_end_where_one_does(start, pair, tmp_path):
     """Stopped in one of two processes, resumed and stopped in one alone, resumed in two: the losses of an uninterrupted run."""
     reference, workdir = tmp_path / "reference", tmp_path / "run"

@@ -26,7 +26,7 @@ def test_against_numpy(x64, strict):
     np.testing.assert_allclose(logprobs.token_log_probs(logits, tokens), chosen, rtol=1e-14)
     np.testing.assert_allclose(logprobs.entropy(logits), entropy, rtol=1e-13)
     np.testing.assert_allclose(logprobs.log_normalizer(logits), normalizer, rtol=1e-14)
-    best = logprobs.top_k(logits, 3)
+    best = jax.jit(logprobs.top_k, static_argnums=1)(logits, 3)
     order = reference.top_k(logits, 3)
     np.testing.assert_array_equal(best.tokens, order)
     np.testing.assert_allclose(np.exp(best.log_probs), np.take_along_axis(p, order, axis=1), rtol=1e-13)
@@ -46,13 +46,14 @@ def test_gradients(forbid, x64):
     logits, tokens = problem(forbid=forbid)
     c = np.random.default_rng(1).normal(size=len(tokens))
     _, entropy, _, p = reference.statistics(logits, tokens)
-    gradient = jax.grad(lambda z: jnp.sum(c * logprobs.token_log_probs(z, tokens)))(logits)
+    gradient = jax.jit(jax.grad(lambda z: jnp.sum(c * logprobs.token_log_probs(z, tokens))))(logits)
     np.testing.assert_allclose(gradient, c[:, None] * (np.eye(logits.shape[1])[tokens] - p), atol=1e-14)
-    gradient = jax.grad(lambda z: jnp.sum(c * logprobs.entropy(z)))(logits)
+    gradient = jax.jit(jax.grad(lambda z: jnp.sum(c * logprobs.entropy(z))))(logits)
     log_p = np.log(np.where(p > 0, p, 1))
     np.testing.assert_allclose(gradient, -c[:, None] * p * (log_p + entropy[:, None]), atol=1e-14)
     if not forbid:
-        check_grads(lambda z: (logprobs.token_log_probs(z, tokens), logprobs.entropy(z)), (logits,), order=2, modes=("rev", "fwd"))
+        both = jax.jit(lambda z: (logprobs.token_log_probs(z, tokens), logprobs.entropy(z)))
+        check_grads(both, (logits,), order=2, modes=("rev", "fwd"))
 
 
 def test_nothing_allowed_and_ids_outside():
@@ -60,11 +61,11 @@ def test_nothing_allowed_and_ids_outside():
     assert np.all(logprobs.token_log_probs(nothing, np.array([0, 2])) == -np.inf)
     np.testing.assert_array_equal(logprobs.entropy(nothing), [0, 0])
     for function in (lambda z: jnp.sum(logprobs.entropy(z)), lambda z: jnp.sum(jnp.where(jnp.isinf(logprobs.log_normalizer(z)), 0.0, 1.0))):
-        np.testing.assert_array_equal(jax.grad(function)(nothing), np.zeros((2, 3)))
+        np.testing.assert_array_equal(jax.jit(jax.grad(function))(nothing), np.zeros((2, 3)))
     logits, _ = problem(n=3)
     outside = np.array([-1, 11, -100])
     np.testing.assert_array_equal(logprobs.token_log_probs(logits, outside), [-np.inf] * 3)
-    gradient = jax.grad(lambda z: jnp.sum(logprobs.token_log_probs(z, outside)))(jnp.asarray(logits))
+    gradient = jax.jit(jax.grad(lambda z: jnp.sum(logprobs.token_log_probs(z, outside))))(logits)
     np.testing.assert_array_equal(gradient, np.zeros_like(logits))
 
 
@@ -80,7 +81,7 @@ def test_dtype_shapes_jit_and_vmap(dtype, strict):
     logits = jnp.asarray(logits, dtype).reshape(2, 3, 11)
     tokens = tokens.reshape(2, 3).astype(np.uint8)
     expected = reference.statistics(np.asarray(logits, np.float64).reshape(6, 11), tokens.ravel())
-    for transform in (lambda f: f, jax.jit, lambda f: jax.vmap(jax.vmap(f))):
+    for transform in (lambda f: f, jax.jit, lambda f: jax.jit(jax.vmap(jax.vmap(f)))):
         out = transform(logprobs.token_log_probs)(logits, tokens)
         assert out.dtype == jnp.float32 and out.shape == (2, 3)
         np.testing.assert_allclose(np.ravel(out), expected[0], rtol=1e-5)

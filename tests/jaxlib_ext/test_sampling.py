@@ -95,7 +95,7 @@ def start(prompts=PROMPTS, **options):
     return run(prompts, how=sampling.init, get=False, **options)
 
 
-ADVANCE = jit(functools.partial(sampling.advance, toy, PARAMS))
+ADVANCE, JITTED_TOY = jit(functools.partial(sampling.advance, toy, PARAMS)), jit(toy)
 
 
 def expected(prompts=PROMPTS, ids=None, params=HOT, max_new_tokens=MAX_NEW, **options):
@@ -322,7 +322,7 @@ def test_a_prefix_is_continued_by_many():
     """Two contexts, prefilled once, each continued by two prompts of two samples; equals prompts that hold their context."""
     contexts = [[5, 6, 7, 8], [2, 2]]
     tokens, num_tokens = padded(contexts)
-    _, prefix = toy(PARAMS, cache_of(2, 4), tokens, num_tokens)
+    _, prefix = JITTED_TOY(PARAMS, cache_of(2, 4), tokens, num_tokens)
     prompts = [[1, 2], [3], [4, 5, 6], [7]]
     whole = [contexts[i // 2] + prompt for i, prompt in enumerate(prompts)]
     ids = [10, 11, 12, 13]
@@ -333,7 +333,7 @@ def test_a_prefix_is_continued_by_many():
 
 
 def test_branches_score_targets_after_one_prefix():
-    _, prefix = toy(PARAMS, cache_of(2, 4), np.array([[5, 6, 7, 8], [2, 3, 0, 0]]), np.array([4, 2]))
+    _, prefix = JITTED_TOY(PARAMS, cache_of(2, 4), np.array([[5, 6, 7, 8], [2, 3, 0, 0]]), np.array([4, 2]))
     branches = sampling.branch(prefix, num_branches=3, capacity=2)
     assert branches.k.shape == (1, 6, 2, 1, WIDTH) and branches.k.dtype == prefix.k.dtype and not branches.length.any()
     targets = np.arange(12).reshape(6, 2)
@@ -408,7 +408,7 @@ def test_refill_order_does_not_matter(slots, refill_at, drain):
 
 
 def test_refill_after_a_prefix_and_over_a_used_cache():
-    _, prefix = toy(PARAMS, cache_of(1, 6), np.array([[5, 6, 7, 8]]))
+    _, prefix = JITTED_TOY(PARAMS, cache_of(1, 6), np.array([[5, 6, 7, 8]]))
     used = Cache(k=jnp.full((1, 3, 16, 1, WIDTH), 3.0), v=cache_of(3, 16).v, length=jnp.array([3, 0, 16]))
     many, _ = run(how=sampling.generate_many, cache=used, prefix=prefix, stop_tokens=[3])
     assert_matches(many, expected([[5, 6, 7, 8, *prompt] for prompt in PROMPTS], stop_tokens=[3]))

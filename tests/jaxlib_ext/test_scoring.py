@@ -42,9 +42,15 @@ def unembed(params):
     return params["head"]
 
 
+score_tokens = jax.jit(scoring.score_tokens, static_argnums=(0, 1), static_argnames=("num_segments", "max_scored"))
+jitted_hidden_fn = jax.jit(hidden_fn)
+
+
 def alone(params, tokens):
-    """[t] float64 log P(tokens[t] | tokens[<t]) of one sequence, nan first."""
-    h = np.asarray(hidden_fn(params, jnp.asarray(tokens)[None]))[0]
+    """[t] float64 log P(tokens[t] | tokens[<t]) of one sequence, nan first; what follows it, so that one program does, is not seen."""
+    padded = np.zeros((1, 64), np.int32)
+    padded[0, : len(tokens)] = tokens
+    h = np.asarray(jitted_hidden_fn(params, padded))[0, : len(tokens)]
     log_probs = reference.naive(h[:-1], params["head"], np.asarray(tokens)[1:])[0] if len(tokens) > 1 else []
     return np.concatenate([[np.nan], log_probs])
 
@@ -60,7 +66,7 @@ def test_shift_mask_sum_and_mean(params):
     tokens, mask = rng.integers(0, VOCABULARY, (3, 12)), rng.integers(0, 2, (3, 12))
     mask[:, 0] = 1  # has nothing before it: does not count
     mask[2] = 0
-    scores = scoring.score_tokens(hidden_fn, unembed, params, tokens, mask)
+    scores = score_tokens(hidden_fn, unembed, params, tokens, mask)
     for row in range(3):
         expected, counts = alone(params, tokens[row]), mask[row].astype(bool)
         counts[0] = False
@@ -69,7 +75,7 @@ def test_shift_mask_sum_and_mean(params):
         assert scores.count[row] == counts.sum()
         np.testing.assert_allclose(scores.mean[row], expected[counts].mean() if counts.any() else 0.0, rtol=1e-5)
     assert scores.sum.dtype == jnp.float32 and scores.count.dtype == jnp.int32
-    by_array = scoring.score_tokens(hidden_fn, params["head"], params, tokens, mask.astype(bool))
+    by_array = jax.jit(functools.partial(scoring.score_tokens, hidden_fn))(params["head"], params, tokens, mask.astype(bool))
     chex.assert_trees_all_equal(by_array, scores)
 
 
@@ -78,7 +84,7 @@ def test_a_later_token_does_not_matter(params):
     tokens, mask = np.arange(10)[None] % 7, np.ones((1, 10), np.int32)
     changed = tokens.copy()
     changed[0, 6] = 80
-    a, b = (scoring.score_tokens(hidden_fn, unembed, params, x, mask).per_token[0] for x in (tokens, changed))
+    a, b = (np.asarray(score_tokens(hidden_fn, unembed, params, x, mask).per_token[0]) for x in (tokens, changed))
     np.testing.assert_allclose(a[:6], b[:6], rtol=1e-6)
     assert np.all(np.abs(a[6:8] - b[6:8]) > 1e-4)
 
@@ -88,14 +94,12 @@ def test_a_later_token_does_not_matter(params):
 def test_packed_pairs_score_as_if_alone(row_length, project_few, params):
     contexts, targets = ragged()
     packed = scoring.pack(contexts, targets, row_length)
-    score = jax.jit(
-        functools.partial(
-            scoring.score_tokens,
-            hidden_fn,
-            unembed,
-            num_segments=packed.num_segments,
-            max_scored=packed.max_scored if project_few else None,
-        )
+    score = functools.partial(
+        score_tokens,
+        hidden_fn,
+        unembed,
+        num_segments=packed.num_segments,
+        max_scored=packed.max_scored if project_few else None,
     )
     rows = score(params, packed.tokens, packed.mask, segment_ids=packed.segment_ids, positions=packed.positions)
     scores = scoring.unpack(packed, rows)
@@ -112,11 +116,11 @@ def test_packed_pairs_score_as_if_alone(row_length, project_few, params):
 def test_max_scored_that_is_too_small_is_nan(params):
     tokens, mask = np.arange(24).reshape(2, 12), np.zeros((2, 12), np.int32)
     mask[0, 3:6], mask[1, 2:7] = 1, 1
-    full = scoring.score_tokens(hidden_fn, unembed, params, tokens, mask)
-    few = scoring.score_tokens(hidden_fn, unembed, params, tokens, mask, max_scored=3)
+    full = score_tokens(hidden_fn, unembed, params, tokens, mask)
+    few = score_tokens(hidden_fn, unembed, params, tokens, mask, max_scored=3)
     np.testing.assert_allclose(few.per_token[0], full.per_token[0], rtol=1e-5)
     assert np.isnan(few.sum[1]) and np.isnan(few.mean[1])
-    enough = scoring.score_tokens(hidden_fn, unembed, params, tokens, mask, max_scored=5)
+    enough = score_tokens(hidden_fn, unembed, params, tokens, mask, max_scored=5)
     chex.assert_trees_all_close(enough, full, rtol=1e-5)
 
 
@@ -148,17 +152,18 @@ def test_gradient_and_empty_mask(params):
         chosen = jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=2)[..., 0]
         return jnp.sum(jnp.sum(chosen * mask[:, 1:], axis=1) / jnp.maximum(mask[:, 1:].sum(axis=1), 1))
 
-    chex.assert_trees_all_close(jax.grad(mean)(params, mask), jax.grad(plain)(params, mask), rtol=1e-3, atol=1e-5)
-    value, gradient = jax.value_and_grad(mean)(params, np.zeros_like(mask))
+    ours = jax.jit(jax.value_and_grad(mean))
+    chex.assert_trees_all_close(ours(params, mask)[1], jax.jit(jax.grad(plain))(params, mask), rtol=1e-3, atol=1e-5)
+    value, gradient = ours(params, np.zeros_like(mask))
     assert value == 0
     assert all(np.all(x == 0) for x in jax.tree.leaves(gradient))
 
 
 def test_one_token_and_padding(params):
-    scores = scoring.score_tokens(hidden_fn, unembed, params, np.array([[5]]), np.array([[1]]))
+    scores = score_tokens(hidden_fn, unembed, params, np.array([[5]]), np.array([[1]]))
     assert scores.sum[0] == 0 and scores.mean[0] == 0 and scores.count[0] == 0
     padding = np.zeros((2, 8), np.int32)
-    scores = scoring.score_tokens(hidden_fn, unembed, params, padding, padding + 1, segment_ids=padding, num_segments=2)
+    scores = score_tokens(hidden_fn, unembed, params, padding, padding + 1, segment_ids=padding, num_segments=2)
     assert scores.sum.shape == (2, 2) and np.all(scores.count == 0) and np.all(scores.per_token == 0)
 
 

@@ -13,6 +13,7 @@ from janax.jaxlib_ext import sharding, transport
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiling takes most of the time here
 solve = jax.jit(transport.sinkhorn, static_argnames=("num_iters", "derivative", "reference", "check_every", "domain"))
+plan_of = jax.jit(transport.plan)
 
 OPTIONS = {
     "plain": {"num_iters": 9},
@@ -95,7 +96,7 @@ def test_float64_reference(rho, counting, domain, x64, strict):
     cost, log_a, log_b = problem(masked=False)
     options = {"epsilon": 0.05, "num_iters": 3, "domain": domain, "rho": None if np.isinf(rho) else rho}
     out = solve(cost, log_a, log_b, reference="counting" if counting else "product", **options)
-    plans = transport.plan(cost, out.f, out.g, log_a, log_b, epsilon=0.05)
+    plans = plan_of(cost, out.f, out.g, log_a, log_b, epsilon=0.05)
     for i in range(len(cost)):
         plan, f, g = reference.scaled(cost[i], np.exp(log_a[i]), np.exp(log_b[i]), 0.05, 3, rho, counting and not np.isinf(rho))
         np.testing.assert_allclose(plans[i], plan, rtol=0, atol=1e-12)
@@ -109,7 +110,7 @@ def test_converged_values(rho, x64):
     """The dual value is the primal one, marginals hold, and the row error is what it says."""
     cost, log_a, log_b = problem(masked=False)
     out = solve(cost, log_a, log_b, epsilon=0.1, num_iters=5000, tolerance=1e-13, rho=rho)
-    plans = np.asarray(transport.plan(cost, out.f, out.g, log_a, log_b, epsilon=0.1))
+    plans = np.asarray(plan_of(cost, out.f, out.g, log_a, log_b, epsilon=0.1))
     for i in range(len(cost)):
         a, b = np.exp(log_a[i]), np.exp(log_b[i])
         np.testing.assert_allclose(out.regularized[i], reference.objective(plans[i], cost[i], a, b, 0.1, rho), atol=1e-11)
@@ -120,7 +121,7 @@ def test_converged_values(rho, x64):
             np.testing.assert_allclose(plans[i].sum(0), b, atol=1e-12)
     assert np.all(out.converged) and np.all(out.error <= 1e-13)
     few = solve(cost, log_a, log_b, epsilon=0.1, num_iters=4)
-    rows = np.asarray(transport.plan(cost, few.f, few.g, log_a, log_b, epsilon=0.1)).sum(-1)
+    rows = np.asarray(plan_of(cost, few.f, few.g, log_a, log_b, epsilon=0.1)).sum(-1)
     np.testing.assert_allclose(few.error, np.abs(rows - np.exp(log_a)).sum(-1), atol=1e-14)
 
 
@@ -219,7 +220,7 @@ def test_envelope_is_the_plan(rho, x64):
         return jnp.sum(getattr(solve(cost, log_a, log_b, **options), part))
 
     out = solve(cost, log_a, log_b, epsilon=0.1, num_iters=2000, rho=rho)
-    plans = transport.plan(cost, out.f, out.g, log_a, log_b, epsilon=0.1)
+    plans = plan_of(cost, out.f, out.g, log_a, log_b, epsilon=0.1)
     run = lambda *kind: jit(jax.grad(lambda *x: value(*x, *kind), argnums=(0, 1, 2)))(cost, log_a, log_b)  # noqa: E731
     regularized = run("envelope", "regularized")
     close(regularized, run("exact", "regularized"), 1e-10)
@@ -239,14 +240,14 @@ def test_masked_points_get_nothing(derivative):
         return jnp.sum(out.cost) + jnp.sum(out.regularized), out
 
     (_, out), gradients = jit(jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True))(cost, log_a, log_b)
-    plans = np.asarray(transport.plan(cost, out.f, out.g, log_a, log_b, epsilon=0.1))
+    plans = np.asarray(plan_of(cost, out.f, out.g, log_a, log_b, epsilon=0.1))
     chex.assert_tree_all_finite((out, gradients, plans))
     for array in (plans, gradients[0]):
         assert not array[:, 1].any() and not array[:, :, 3].any() and not array[2:].any()
     assert not gradients[1][:, 1].any() and not gradients[2][:, 3].any() and not out.cost[2:].any()
     assert not out.f[:, 1].any() and not out.g[:, 3].any()
     keep = np.ix_([0, 2, 3, 4, 5], [0, 1, 2, 4])
-    small = transport.sinkhorn(cost[0][keep], log_a[0, keep[0][:, 0]], log_b[0, keep[1][0]], epsilon=0.1, num_iters=10)
+    small = solve(cost[0][keep], log_a[0, keep[0][:, 0]], log_b[0, keep[1][0]], epsilon=0.1, num_iters=10)
     np.testing.assert_allclose(out.cost[0], small.cost, rtol=1e-5)
 
 
@@ -266,18 +267,18 @@ def test_l1_costs(x64):
     rng = np.random.default_rng(1)
     p, q = rng.dirichlet(np.ones(9), (2, 6)), rng.dirichlet(np.ones(9), (2, 4))
     q[:, 0] = p[:, 0]
-    got = transport.l1(p, q)
+    got = np.asarray(jit(transport.l1)(p, q))
     for i in range(2):
         np.testing.assert_allclose(got[i], reference.l1(p[i], q[i]), atol=1e-15)
         np.testing.assert_allclose(got[i], reference.min_identity(p[i], q[i]), atol=1e-15)
     assert not got[:, 0, 0].any()
     c = rng.normal(size=got.shape)
-    to_p, to_q = jax.grad(lambda p, q: jnp.sum(c * transport.l1(p, q)), argnums=(0, 1))(p, q)
+    to_p, to_q = jit(jax.grad(lambda p, q: jnp.sum(c * transport.l1(p, q)), argnums=(0, 1)))(p, q)
     signs = np.sign(p[:, :, None] - q[:, None])
     np.testing.assert_allclose(to_p, np.einsum("bij,bijv->biv", c, signs), atol=1e-13)
     np.testing.assert_allclose(to_q, -np.einsum("bij,bijv->bjv", c, signs), atol=1e-13)
-    np.testing.assert_allclose(transport.squared_euclidean(p, q), ((p[:, :, None] - q[:, None]) ** 2).sum(-1), atol=1e-14)
-    np.testing.assert_allclose(transport.hellinger(p, q), 1 - np.sqrt(p[:, :, None] * q[:, None]).sum(-1), atol=1e-14)
+    np.testing.assert_allclose(jit(transport.squared_euclidean)(p, q), ((p[:, :, None] - q[:, None]) ** 2).sum(-1), atol=1e-14)
+    np.testing.assert_allclose(jit(transport.hellinger)(p, q), 1 - np.sqrt(p[:, :, None] * q[:, None]).sum(-1), atol=1e-14)
 
 
 def test_l1_holds_no_array_of_differences():
@@ -404,7 +405,7 @@ def test_dtypes(strict):
     low = solve(jnp.asarray(cost, jnp.bfloat16), epsilon=0.1, num_iters=5)
     assert all(x.dtype == jnp.float32 for x in (low.f, low.g, low.cost, low.regularized, low.error))
     assert low.iterations.dtype == jnp.int32 and low.converged.dtype == bool
-    gradient = jax.grad(lambda c: jnp.sum(solve(c, epsilon=0.1, num_iters=5).cost))(jnp.asarray(cost, jnp.bfloat16))
+    gradient = jit(jax.grad(lambda c: jnp.sum(solve(c, epsilon=0.1, num_iters=5).cost)))(jnp.asarray(cost, jnp.bfloat16))
     assert gradient.dtype == jnp.bfloat16
     high = solve(jnp.asarray(cost, jnp.bfloat16).astype(jnp.float32), epsilon=0.1, num_iters=5)
     np.testing.assert_array_equal(low.cost, high.cost)

@@ -1,5 +1,6 @@
 """Adapters: shapes, the identity at the start, merging against the product by hand, PEFT's layout, errors."""
 
+import functools
 import json
 
 import jax
@@ -16,24 +17,25 @@ CONFIG = transformer.TransformerConfig(
 
 
 def adapters(targets=lora.TARGETS, rank=3):
-    fresh = lora.init(CONFIG, jax.random.key(1), rank=rank, targets=targets)
-    return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), fresh)
+    fresh = jax.jit(functools.partial(lora.init, CONFIG, rank=rank, targets=targets))(jax.random.key(1))
+    return jax.tree.map(lambda x: np.asarray(x) + 0.1 * np.random.default_rng(x.size).normal(size=x.shape).astype(np.float32), fresh)
 
 
 @pytest.fixture(scope="module")
 def params():
-    return transformer.init(CONFIG, jax.random.key(0))
+    return jax.jit(functools.partial(transformer.init, CONFIG))(jax.random.key(0))
 
 
 def test_a_fresh_adapter_changes_nothing(params):
-    merged = lora.merge(CONFIG, params, lora.init(CONFIG, jax.random.key(1), rank=4, targets=lora.TARGETS), scale=2.0)
+    fresh = functools.partial(lora.init, CONFIG, rank=4, targets=lora.TARGETS)
+    merged = jax.jit(lambda params, key: lora.merge(CONFIG, params, fresh(key), scale=2.0))(params, jax.random.key(1))
     jax.tree.map(np.testing.assert_array_equal, merged, params)
 
 
 def test_merging_by_hand(params):
     """Every projection in Hugging Face's orientation, [outputs inputs]: W + scale B A, layer by layer."""
     ours, scale = adapters(), 0.7
-    merged = lora.merge(CONFIG, params, ours, scale=scale)
+    merged = jax.jit(lambda params, ours: lora.merge(CONFIG, params, ours, scale=scale))(params, ours)
     d = CONFIG.width
 
     def matrices(tree, layer):
