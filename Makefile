@@ -1,5 +1,6 @@
 # make demo        an experiment on data that comes with the package, and its report
-# make test        the fast tests                    make test-all    all of them
+# make test        the fast tests, compiled quickly  make test-all    all of them
+#                  (XLA_FLAGS= make test compiles as users' programs are compiled, which takes twice the time)
 # make lint        style, types, import directions   make bench       benchmarks beside torch, diffusers and TRL (an environment of its own)
 # make aot         compile the paper's scale for pods that are not there (an environment of its own: over 1 GB)
 # make clean       remove environments and caches; runs/ stays

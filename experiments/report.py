@@ -40,10 +40,10 @@ __all__ = [
     "write_report",
 ]
 
-Verdict = Literal["holds", "does not hold", "not run"]
-_SIGNS: dict[str, str] = {"holds": "✓", "does not hold": "✗", "not run": "–"}
-_CLASSES = {"holds": "holds", "does not hold": "fails", "not run": "open"}
-_COLORS = {"holds": "green", "does not hold": "red", "not run": "dim"}
+Verdict = Literal["holds", "does not hold", "undecided", "not run"]
+_SIGNS: dict[str, str] = {"holds": "✓", "does not hold": "✗", "undecided": "≈", "not run": "–"}
+_CLASSES = {"holds": "holds", "does not hold": "fails", "undecided": "open", "not run": "open"}
+_COLORS = {"holds": "green", "does not hold": "red", "undecided": "yellow", "not run": "dim"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class Claim:
       ours: Our number or word, None if not run.
       interval: Half width of the 95 % interval, or its (low, high); None if there is none.
       seeds: Independent seeds behind `ours`, None if randomness plays no part.
-      verdict: "holds", "does not hold" or "not run".
+      verdict: "holds", "does not hold", "undecided" (the interval allows both) or "not run".
       note: What a reader must know to judge: scale, difference in setting.
     """
 

@@ -1,7 +1,7 @@
 """What was found, beside the paper: claims with verdicts, tables and pictures. No number is made here, only compared."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,15 +9,16 @@ import numpy as np
 from janax.experiments import plots, report
 from janax.experiments.bdia.config import Config
 from janax.experiments.bdia.mixture import AMPLIFIED, GAMMAS, STIFF
+from janax.experiments.page import Page, estimate_text
 from janax.experiments.session import Session
-from janax.experiments.statistics import Estimate, mean_interval, paired_interval
+from janax.experiments.statistics import mean_interval, paired_interval
 
 __all__ = ["results"]
 
 
 def results(config: Config, found: Mapping[str, Any], session: Session) -> report.Results:
     """The report of a run: whatever studies are in `found`, and the claims that nobody can check at this scale as not run."""
-    page = _Page(config, session)
+    page = Page("bdia", config, session)
     if "mixture" in found:
         _mixture(page, found["mixture"])
     if "digits" in found:
@@ -25,7 +26,7 @@ def results(config: Config, found: Mapping[str, Any], session: Session) -> repor
     if "latents" in found:
         _latents(page, found["latents"])
     _not_run(page)
-    return report.Results(
+    return page.results(
         title="BDIA: exact diffusion inversion",
         intro=(
             "Samplers that can be run backwards exactly, measured on an exact-score Gaussian mixture (float64, intervals over "
@@ -33,56 +34,7 @@ def results(config: Config, found: Mapping[str, Any], session: Session) -> repor
             "arXiv:2307.10829. Numbers marked [B] are the BELM paper's, arXiv:2410.07273, which re-measured it; [M] marks an earlier one of ours "
             "on one mixture and one network, where the papers give no number."
         ),
-        claims=page.claims,
-        figures=page.figures,
-        tables=page.tables,
-        notes=page.notes,
     )
-
-
-class _Page:
-    def __init__(self, config: Config, session: Session):
-        self.config, self.session = config, session
-        self.claims: list[report.Claim] = []
-        self.figures: list[report.Figure] = []
-        self.tables: list[report.Table] = []
-        self.notes: list[str] = []
-
-    def claim(
-        self,
-        number: str,
-        text: str,
-        *,
-        holds: bool | None,
-        paper: float | str | None = None,
-        ours: Estimate | float | str | None = None,
-        seeds: int | None = None,
-        note: str = "",
-    ) -> None:
-        interval = None
-        if isinstance(ours, Estimate):
-            seeds, interval, ours = ours.count, ours.half_width, ours.value
-        verdict: Any = "not run" if holds is None else "holds" if holds else "does not hold"
-        self.claims.append(
-            report.Claim(
-                id=f"bdia-{number}", claim=text, paper=paper, ours=ours, interval=interval, seeds=seeds, verdict=verdict, note=note
-            )
-        )
-
-    def picture(self, name: str, draw: Callable[[Any], Any] | None, caption: str, alt: str = "") -> None:
-        path = self.session.figure_path(name)
-        if draw is not None:
-            draw(path)
-        if path.exists():
-            self.figures.append(report.Figure(path=f"figures/{name}", caption=caption, alt=alt or caption))
-
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "") -> None:
-        self.tables.append(report.Table(title=title, columns=columns, rows=rows, caption=caption))
-
-
-def _text(values: Any, digits: str = ".3g") -> str:
-    estimate = mean_interval(values)
-    return report.format_interval(estimate.value, estimate.half_width) if estimate.count > 1 else format(estimate.value, digits)
 
 
 def _worst(values: Any) -> float:
@@ -93,7 +45,7 @@ def _lowest(estimates: Mapping[str, Any]) -> str:
     return min(estimates, key=lambda name: float(np.mean(estimates[name])))
 
 
-def _mixture(page: _Page, found: Mapping[str, Any]) -> None:
+def _mixture(page: Page, found: Mapping[str, Any]) -> None:
     if "parity" in found:
         parity = found["parity"]
         page.claim(
@@ -124,7 +76,7 @@ def _mixture(page: _Page, found: Mapping[str, Any]) -> None:
         _flow(page, found["flow"])
 
 
-def _round_trips(page: _Page, found: Mapping[str, Any]) -> None:
+def _round_trips(page: Page, found: Mapping[str, Any]) -> None:
     double, single = found["float64 50"], found["float32 50"]
     exact = ("BDIA 1", "BDIA 0.96", "O-BELM", "EDICT .93")
     worst = max(_worst(double[name]["A"]) for name in exact)
@@ -177,10 +129,10 @@ def _round_trips(page: _Page, found: Mapping[str, Any]) -> None:
     rows = [
         [
             name,
-            *(_text(double[name][k]) for k in "AB"),
-            *(_text(single[name][k]) for k in "AB"),
-            _text(double[name]["L"]),
-            _text(double[name]["E"]),
+            *(estimate_text(double[name][k]) for k in "AB"),
+            *(estimate_text(single[name][k]) for k in "AB"),
+            estimate_text(double[name]["L"]),
+            estimate_text(double[name]["E"]),
         ]
         for name in ("DDIM", "DDIM (target)", *gammas, "O-BELM", "EDICT .93", "reversible Heun", "coupled midpoint")
     ]
@@ -208,7 +160,7 @@ def _round_trips(page: _Page, found: Mapping[str, Any]) -> None:
     )
 
 
-def _errors(page: _Page, found: Mapping[str, Any]) -> None:
+def _errors(page: Page, found: Mapping[str, Any]) -> None:
     at10 = found["10"]
     gamma = np.asarray(at10["gamma"])  # [seeds gammas]
     chain = {
@@ -241,8 +193,8 @@ def _errors(page: _Page, found: Mapping[str, Any]) -> None:
     )
     steps = sorted(map(int, found))
     columns = ("DDIM", "O-BELM", "EDICT .93", "DPM-Solver++ 2M", "Heun", "reversible Heun", "coupled Euler", "coupled midpoint")
-    rows = [[f"BDIA {g:g}", *(_text(np.asarray(found[str(n)]["gamma"])[:, i]) for n in steps)] for i, g in enumerate(GAMMAS) if g]
-    rows += [[name, *(_text(found[str(n)][name]) for n in steps)] for name in columns]
+    rows = [[f"BDIA {g:g}", *(estimate_text(np.asarray(found[str(n)]["gamma"])[:, i]) for n in steps)] for i, g in enumerate(GAMMAS) if g]
+    rows += [[name, *(estimate_text(found[str(n)][name]) for n in steps)] for name in columns]
     page.table("Error of a sample against the exact flow (rms)", ("method", *(f"N = {n}" for n in steps)), rows)
 
     def draw(path: Any) -> None:
@@ -272,7 +224,7 @@ def _errors(page: _Page, found: Mapping[str, Any]) -> None:
     )
 
 
-def _stiffness(page: _Page, found: Mapping[str, Any]) -> None:
+def _stiffness(page: Page, found: Mapping[str, Any]) -> None:
     best = {name: float(GAMMAS[int(np.argmin(np.mean(values, 0)))]) for name, values in found.items()}
     rises = all(best[f"{s:g} 50"] >= best[f"{s:g} 10"] for s in STIFF)
     falls = all(best[f"{a:g} {n}"] >= best[f"{b:g} {n}"] for n in (10, 50) for a, b in itertools.pairwise(STIFF))
@@ -292,11 +244,13 @@ def _stiffness(page: _Page, found: Mapping[str, Any]) -> None:
         seeds=page.config.mixture.num_seeds,
         holds=best["0.5 10"] == 0.5 and best["0.05 10"] == 0.1,
     )
-    rows = [[f"s = {s:g}, N = {n}", *(_text(column) for column in np.asarray(found[f"{s:g} {n}"]).T)] for s in STIFF for n in (10, 50)]
+    rows = [
+        [f"s = {s:g}, N = {n}", *(estimate_text(column) for column in np.asarray(found[f"{s:g} {n}"]).T)] for s in STIFF for n in (10, 50)
+    ]
     page.table("Error over gamma for data of standard deviation s", ("", *(f"{g:g}" for g in GAMMAS)), rows, "Columns are gamma.")
 
 
-def _orders(page: _Page, found: Mapping[str, Any]) -> None:
+def _orders(page: Page, found: Mapping[str, Any]) -> None:
     steps = page.config.mixture.order_steps
     slopes = {
         name: mean_interval([-np.polyfit(np.log(steps), np.log(column), 1)[0] for column in np.asarray(values).T])
@@ -334,7 +288,7 @@ def _orders(page: _Page, found: Mapping[str, Any]) -> None:
     )
 
 
-def _amplification(page: _Page, found: Mapping[str, Any]) -> None:
+def _amplification(page: Page, found: Mapping[str, Any]) -> None:
     predicted, double = np.asarray(found["predicted"]), np.mean(found["float64"], 0)
     use = (predicted > 10) & (double < 1e-2)
     slope = float(np.polyfit(np.log(predicted[use]), np.log(double[use]), 1)[0])
@@ -366,7 +320,7 @@ def _amplification(page: _Page, found: Mapping[str, Any]) -> None:
     )
 
 
-def _second_state(page: _Page, found: Mapping[str, Any]) -> None:
+def _second_state(page: Page, found: Mapping[str, Any]) -> None:
     ratio = mean_interval(np.asarray(found["restart 0.96"]) / np.asarray(found["DDIM"]))
     pair = max(_worst(values) for name, values in found.items() if name.startswith("pair"))
     page.claim(
@@ -377,11 +331,11 @@ def _second_state(page: _Page, found: Mapping[str, Any]) -> None:
         holds=pair < 1e-24 and ratio.low > 0.1,
         note=f"with the pair the MSE is at most {pair:.0e}",
     )
-    rows = [[name, _text(values)] for name, values in found.items()]
+    rows = [[name, estimate_text(values)] for name, values in found.items()]
     page.table("Reconstruction MSE with the pair and without", ("from", "MSE"), rows)
 
 
-def _integers(page: _Page, found: Mapping[str, Any]) -> None:
+def _integers(page: Page, found: Mapping[str, Any]) -> None:
     exact = all(v["error"] == 0 and v["left"] == 0 and not v["overflow"] for v in found.values())
     page.claim(
         "10a",
@@ -408,7 +362,7 @@ def _integers(page: _Page, found: Mapping[str, Any]) -> None:
     )
 
 
-def _edm(page: _Page, found: Mapping[str, Any]) -> None:
+def _edm(page: Page, found: Mapping[str, Any]) -> None:
     at18 = {name: np.asarray(values) for name, values in found["18"].items()}
     reuse = paired_interval(at18["reuse"][:, 1], at18["Heun"])
     page.claim(
@@ -437,17 +391,17 @@ def _edm(page: _Page, found: Mapping[str, Any]) -> None:
     rows = []
     for n, values in found.items():
         values = {name: np.asarray(v) for name, v in values.items()}
-        cells = [_text(values[v][:, i]) for v in ("reuse", "heun", "euler") for i in (0, 1, 2)]
-        rows.append([n, _text(values["Heun"]), *cells])
+        cells = [estimate_text(values[v][:, i]) for v in ("reuse", "heun", "euler") for i in (0, 1, 2)]
+        rows.append([n, estimate_text(values["Heun"]), *cells])
     head = [f"{short} {g:g}" for short in ("R", "H", "E") for g in (0.5, 0.8, 1.0)]
     page.table(
         "BDIA on Heun, EDM grid (rms error)", ("n", "Heun", *head), rows, "R reuse, H Heun, E Euler backward increments, with gamma."
     )
 
 
-def _flow(page: _Page, found: Mapping[str, Any]) -> None:
+def _flow(page: Page, found: Mapping[str, Any]) -> None:
     names = list(found["50"])
-    rows = [[name, *(_text(found[n][name]) for n in ("10", "50"))] for name in names]
+    rows = [[name, *(estimate_text(found[n][name]) for n in ("10", "50"))] for name in names]
     page.table(
         "Near-exact inversions: reconstruction rms",
         ("method", "N = 10", "N = 50"),
@@ -456,7 +410,7 @@ def _flow(page: _Page, found: Mapping[str, Any]) -> None:
     )
 
 
-def _digits(page: _Page, found: Mapping[str, Any]) -> None:
+def _digits(page: Page, found: Mapping[str, Any]) -> None:
     seeds = found["seeds"]
     if "cost" in found:
         cost = found["cost"]
@@ -510,7 +464,7 @@ def _digits(page: _Page, found: Mapping[str, Any]) -> None:
     page.picture("edits.png", None, "Edits of test digits, guidance 1, fifty steps.")
 
 
-def _quality(page: _Page, seeds: Sequence[Mapping[str, Any]], floor: Mapping[str, float]) -> None:
+def _quality(page: Page, seeds: Sequence[Mapping[str, Any]], floor: Mapping[str, float]) -> None:
     config = page.config.digits
     steps = list(seeds[0]["quality"])
     columns: dict[str, dict[str, np.ndarray]] = {}
@@ -552,7 +506,7 @@ def _quality(page: _Page, seeds: Sequence[Mapping[str, Any]], floor: Mapping[str
     page.table(
         "Digits: Frechet distance to the training images",
         ("method", *(f"N = {n}" for n in steps)),
-        [[m, *(_text(columns[n][m]) for n in steps)] for m in methods],
+        [[m, *(estimate_text(columns[n][m]) for n in steps)] for m in methods],
         f"Raw pixels; train against test {floor['train and test']:.2f}, two halves of train {floor['two halves']:.2f}.",
     )
     if len(steps) > 1:
@@ -577,7 +531,7 @@ def _quality(page: _Page, seeds: Sequence[Mapping[str, Any]], floor: Mapping[str
         )
 
 
-def _reconstruction(page: _Page, seeds: Sequence[Mapping[str, Any]]) -> None:
+def _reconstruction(page: Page, seeds: Sequence[Mapping[str, Any]]) -> None:
     worst = max(s["reconstruction"]["float64 50"][m] for s in seeds for m in ("BDIA 0.9", "BDIA 0.96", "BDIA 1", "O-BELM", "EDICT .93"))
     page.claim(
         "12d",
@@ -593,11 +547,11 @@ def _reconstruction(page: _Page, seeds: Sequence[Mapping[str, Any]]) -> None:
     page.table(
         "Digits: reconstruction MSE of test images",
         ("method", *names),
-        [[m, *(_text([s["reconstruction"][n][m] for s in seeds]) for n in names)] for m in seeds[0]["reconstruction"][names[0]]],
+        [[m, *(estimate_text([s["reconstruction"][n][m] for s in seeds]) for n in names)] for m in seeds[0]["reconstruction"][names[0]]],
     )
 
 
-def _edits(page: _Page, seeds: Sequence[Mapping[str, Any]]) -> None:
+def _edits(page: Page, seeds: Sequence[Mapping[str, Any]]) -> None:
     edits = {w: {m: [s["edits"][w][m]["accuracy"] for s in seeds] for m in seeds[0]["edits"][w]} for w in ("1", "3")}
     gain = paired_interval(edits["1"]["BDIA 0.96"], edits["1"]["DDIM"])
     page.claim(
@@ -612,12 +566,12 @@ def _edits(page: _Page, seeds: Sequence[Mapping[str, Any]]) -> None:
     page.table(
         "Digits: edits y -> (y + 5) mod 10, strength 0.8, N = 50",
         ("method", *(f"{k.replace('_', ' ')}, w = {w}" for w in ("1", "3") for k in keys)),
-        [[m, *(_text([s["edits"][w][m][k] for s in seeds]) for w in ("1", "3") for k in keys)] for m in edits["1"]],
+        [[m, *(estimate_text([s["edits"][w][m][k] for s in seeds]) for w in ("1", "3") for k in keys)] for m in edits["1"]],
         f"Judge: kernel ridge classifier, {100 * seeds[0]['edits']['classifier']:.1f} % on the test digits. Distance: mean square to the source.",
     )
 
 
-def _latents(page: _Page, found: Mapping[str, Any]) -> None:
+def _latents(page: Page, found: Mapping[str, Any]) -> None:
     base = found["DDIM"]["seconds"]
     page.claim(
         "9a",
@@ -640,7 +594,7 @@ def _latents(page: _Page, found: Mapping[str, Any]) -> None:
     page.picture("latents.png", None, "First three channels of sampled latents.")
 
 
-def _not_run(page: _Page) -> None:
+def _not_run(page: Page) -> None:
     published = (
         ("13a", "CIFAR-10 FID, 10 steps: DDIM / EDICT / BDIA / O-BELM [B]", "17.45 / 87.11 / 12.27 / 10.98"),
         ("13b", "CelebA-HQ 256 FID, 10 steps: DDIM / EDICT / BDIA / O-BELM [B]", "27.13 / 57.82 / 27.41 / 19.13"),

@@ -14,13 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from janax.experiments import config as configs
-from janax.experiments import decoders, processes, report, training
+from janax.experiments import decoders, processes, report, text, training
 from janax.experiments import session as sessions
 from janax.experiments.distill.config import Config, Options
 from janax.experiments.distill.corpus import Batches, prepare
 from janax.experiments.distill.objective import Objective, Scores, loss_fn, score_rows
 from janax.experiments.errors import NonFiniteError, UserError
-from janax.experiments.lm import text
 from janax.experiments.metrics import read_rows
 from janax.experiments.session import Session
 from janax.experiments.statistics import Estimate

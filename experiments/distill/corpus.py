@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from janax.experiments import text
 from janax.experiments.distill.config import Config
 from janax.experiments.errors import UserError
-from janax.experiments.lm import text
 from janax.experiments.session import Session
 
 __all__ = ["Batches", "Corpus", "prepare"]

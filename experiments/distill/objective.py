@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from janax.experiments import decoders, training
+from janax.experiments import decoders, text, training
 from janax.experiments.decoders import Network
 from janax.experiments.distill.config import Config
-from janax.experiments.lm import text
 from janax.experiments.statistics import Estimate, bootstrap
 from janax.jaxlib_ext import fused, sampling, sharding
 from janax.models import transformer

@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from janax.experiments import decoders, plots, report, training
+from janax.experiments import decoders, plots, report, text, training
 from janax.experiments.decoders import Network
 from janax.experiments.errors import UserError
-from janax.experiments.lm import text
 from janax.experiments.lm.config import Config
 from janax.experiments.metrics import read_rows
 from janax.experiments.session import Session

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from janax.algorithms import sinkd
+from janax.experiments import text as texts
 from janax.experiments import training
 from janax.experiments.errors import UserError
-from janax.experiments.lm import text as texts
 from janax.experiments.session import Session
 from janax.experiments.sinkd.config import Config
 from janax.jaxlib_ext import aot, divergence, masking, sharding

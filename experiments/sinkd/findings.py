@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 
 from janax.experiments import report
+from janax.experiments.page import Page, estimate_text
 from janax.experiments.session import Session
 from janax.experiments.sinkd import analyses, pictures
 from janax.experiments.sinkd.config import Config
 from janax.experiments.sinkd.digits import POINTWISE
 from janax.experiments.sinkd.text import LICENCES
-from janax.experiments.statistics import Estimate, mean_interval, paired_interval
+from janax.experiments.statistics import mean_interval, paired_interval
 
 __all__ = ["results"]
 
@@ -55,7 +56,7 @@ _CONSTANTS = {
 
 def results(config: Config, found: Mapping[str, Any], session: Session) -> report.Results:
     """The report of a run: whatever studies are in `found`."""
-    page = _Page(config, session)
+    page = Page("sinkd", config, session)
     for name, write in (
         ("analyses", _analyses),
         ("digits", _digits),
@@ -67,79 +68,24 @@ def results(config: Config, found: Mapping[str, Any], session: Session) -> repor
         if name in found:
             write(page, found[name])
     _not_run(page)
-    return report.Results(
+    return page.results(
         title="SinKD: distillation by optimal transport",
         intro=(
             "The rows of a batch as two sets of points, moved onto each other by entropic transport (arXiv:2402.17110), beside KL, reverse KL, JS, "
             "adaptive KL, skew KL, total variation and the transport's own variants. The paper's tables could not be found; [M] marks numbers "
             "that were measured for this library's specification before, where the paper has none, and “abstract” what the paper's "
             "abstract says.\n\n"
-            "A comparison holds where the 95 % interval of the paired difference over seeds lies on its side of zero. Where the interval contains "
-            "zero the claim is not shown at this scale and the note says “undecided”."
+            "A comparison holds where the 95 % interval of the paired difference over seeds lies on its side of zero, and is undecided where the "
+            "interval contains zero."
         ),
-        claims=page.claims,
-        figures=page.figures,
-        tables=page.tables,
-        notes=page.notes,
     )
-
-
-class _Page:
-    def __init__(self, config: Config, session: Session):
-        self.config, self.session = config, session
-        self.claims: list[report.Claim] = []
-        self.figures: list[report.Figure] = []
-        self.tables: list[report.Table] = []
-        self.notes: list[str] = []
-
-    def claim(
-        self,
-        number: str,
-        text: str,
-        *,
-        holds: bool | None,
-        paper: float | str | None = None,
-        ours: Estimate | float | str | None = None,
-        seeds: int | None = None,
-        note: str = "",
-    ) -> None:
-        interval = None
-        if isinstance(ours, Estimate):
-            seeds, interval, ours = ours.count, ours.half_width, ours.value
-        verdict: Any = "not run" if holds is None else "holds" if holds else "does not hold"
-        self.claims.append(
-            report.Claim(
-                id=f"sinkd-{number}", claim=text, paper=paper, ours=ours, interval=interval, seeds=seeds, verdict=verdict, note=note
-            )
-        )
-
-    def compare(self, number: str, text: str, ours: Sequence[float], theirs: Sequence[float], *, paper: str, note: str = "") -> None:
-        """A claim that `ours` is above `theirs`, seed by seed."""
-        difference = paired_interval(ours, theirs)
-        if difference.low <= 0 <= difference.high:
-            note = "; ".join(filter(None, ("undecided: the interval contains 0", note)))
-        self.claim(number, text, holds=difference.low > 0, paper=paper, ours=difference, note=note)
-
-    def picture(self, name: str, draw: Callable[[Any], Any], caption: str, alt: str = "") -> None:
-        path = self.session.figure_path(name)
-        if self.session.is_main:
-            draw(path)
-        self.figures.append(report.Figure(path=f"figures/{name}", caption=caption, alt=alt or caption))
-
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "") -> None:
-        self.tables.append(report.Table(title=title, columns=columns, rows=rows, caption=caption))
-
-
-def _cell(values: Any) -> str:
-    estimate = mean_interval(values)
-    return report.format_interval(estimate.value, estimate.half_width)
 
 
 # --- closed forms
 
 
-def _analyses(page: _Page, found: Mapping[str, Any]) -> None:
-    parts: dict[str, Callable[[_Page, Any], None]] = {
+def _analyses(page: Page, found: Mapping[str, Any]) -> None:
+    parts: dict[str, Callable[[Page, Any], None]] = {
         "moving apart": _apart,
         "modes": _modes,
         "lost class": _lost,
@@ -152,7 +98,7 @@ def _analyses(page: _Page, found: Mapping[str, Any]) -> None:
             write(page, found[name])
 
 
-def _apart(page: _Page, apart: Mapping[str, Any]) -> None:
+def _apart(page: Page, apart: Mapping[str, Any]) -> None:
     page.claim(
         "1a",
         "JS is no guide where models hardly overlap: slope of JS between unit normals at distance 10",
@@ -189,7 +135,7 @@ def _apart(page: _Page, apart: Mapping[str, Any]) -> None:
     page.picture("moving-apart.png", lambda path: pictures.moving_apart(path, apart), "Slope of each divergence as two normals move apart.")
 
 
-def _modes(page: _Page, best: Mapping[str, Any]) -> None:
+def _modes(page: Page, best: Mapping[str, Any]) -> None:
     page.claim(
         "2a",
         "KL averages modes: mass of the best normal student in the valley between two modes, where the teacher has 0.13 %",
@@ -229,7 +175,7 @@ def _modes(page: _Page, best: Mapping[str, Any]) -> None:
     page.picture("modes.png", lambda path: pictures.modes(path, best), "The best normal student of a teacher with two modes, by loss.")
 
 
-def _lost(page: _Page, lost: Mapping[str, Any]) -> None:
+def _lost(page: Page, lost: Mapping[str, Any]) -> None:
     page.claim(
         "3",
         "Transport supervises a class that the student has nearly lost: slope in its logit over KL's, share 1e-8 of 0.1",
@@ -257,7 +203,7 @@ def _lost(page: _Page, lost: Mapping[str, Any]) -> None:
     page.picture("lost-class.png", lambda path: pictures.lost_class(path, lost), "What pulls at a class that the student has nearly lost.")
 
 
-def _saturation(page: _Page, found: Mapping[str, Any]) -> None:
+def _saturation(page: Page, found: Mapping[str, Any]) -> None:
     gradients = found["gradients"]
     page.claim(
         "4a",
@@ -291,7 +237,7 @@ def _saturation(page: _Page, found: Mapping[str, Any]) -> None:
     )
 
 
-def _sets(page: _Page, found: Mapping[str, Mapping[str, float]]) -> None:
+def _sets(page: Page, found: Mapping[str, Mapping[str, float]]) -> None:
     random, permuted, equal = (found[kind] for kind in ("random", "permuted", "equal"))
     page.claim(
         "5a",
@@ -332,7 +278,7 @@ def _sets(page: _Page, found: Mapping[str, Mapping[str, float]]) -> None:
     )
 
 
-def _sizes(page: _Page, found: Mapping[str, Mapping[str, float]]) -> None:
+def _sizes(page: Page, found: Mapping[str, Mapping[str, float]]) -> None:
     weighted = [values[kind] for values in found.values() for kind in ("apart", "near")]
     plain = [values[f"{kind}, unweighted"] for values in found.values() for kind in ("apart", "near")]
     page.claim(
@@ -353,7 +299,7 @@ def _sizes(page: _Page, found: Mapping[str, Mapping[str, float]]) -> None:
 # --- students
 
 
-def _digits(page: _Page, found: Mapping[str, Any]) -> None:
+def _digits(page: Page, found: Mapping[str, Any]) -> None:
     config, rows = page.config, found["rows"]
     test = {name: values["test"] for name, values in rows.items()}
     teacher = found["teacher"]["test"]
@@ -400,7 +346,7 @@ def _digits(page: _Page, found: Mapping[str, Any]) -> None:
         ours=alone,
         holds=alone.low > 0.5,
         note="sets of rows can agree with every sample wrong"
-        + (f"; debiased alone {_cell(test['debiased alone'])}" if "debiased alone" in test else ""),
+        + (f"; debiased alone {estimate_text(test['debiased alone'])}" if "debiased alone" in test else ""),
     )
     anchored = mean_interval(test["anchored 1 alone"])
     page.claim(
@@ -418,7 +364,13 @@ def _digits(page: _Page, found: Mapping[str, Any]) -> None:
 
     def rows_of(names: Sequence[str]) -> list[list[str]]:
         return [
-            [name, _cell(test[name]), _cell(np.subtract(test[name], kd)), _cell(rows[name]["validation"]), _MEASURED.get(name, "–")]
+            [
+                name,
+                estimate_text(test[name]),
+                estimate_text(np.subtract(test[name], kd)),
+                estimate_text(rows[name]["validation"]),
+                _MEASURED.get(name, "–"),
+            ]
             for name in names
         ]
 
@@ -461,7 +413,7 @@ def _select(rows: Mapping[str, Mapping[str, Sequence[float]]], names: Sequence[s
     return max(names, key=lambda name: float(np.mean(rows[name]["validation"])))
 
 
-def _ablations(page: _Page, found: Mapping[str, Any]) -> None:
+def _ablations(page: Page, found: Mapping[str, Any]) -> None:
     iterations = found["num_iters"]
     if {"20", "50"} <= set(iterations):
         change = paired_interval(iterations["50"]["KD + SinKD"], iterations["20"]["KD + SinKD"])
@@ -489,7 +441,8 @@ def _ablations(page: _Page, found: Mapping[str, Any]) -> None:
         gains[large].tolist(),
         gains[small].tolist(),
         paper="not found",
-        note=f"gains {_cell(gains[small])} and {_cell(gains[large])}; the sum over rows grows with the batch, so {large} rows weigh more as well",
+        note=f"gains {estimate_text(gains[small])} and {estimate_text(gains[large])}; "
+        f"the sum over rows grows with the batch, so {large} rows weigh more as well",
     )
     epsilons = found["epsilon"]
     if {"0.1", "1"} <= set(epsilons):
@@ -515,7 +468,7 @@ def _ablations(page: _Page, found: Mapping[str, Any]) -> None:
             f"Digits: other {_CONSTANTS[constant]}",
             (_CONSTANTS[constant], *variants, "KD + SinKD minus KD, paired"),
             [
-                [float(value), *(_cell(v[name]) for name in variants), _cell(np.subtract(v["KD + SinKD"], v["KD"]))]
+                [float(value), *(estimate_text(v[name]) for name in variants), estimate_text(np.subtract(v["KD + SinKD"], v["KD"]))]
                 for value, v in by_value.items()
             ],
             f"Test accuracy over {page.config.ablations.num_seeds} seeds. KD + SinKD: weight {page.config.ablations.weight:g} of the sum over rows; "
@@ -528,7 +481,7 @@ def _ablations(page: _Page, found: Mapping[str, Any]) -> None:
     )
 
 
-def _text_study(page: _Page, found: Mapping[str, Any]) -> None:
+def _text_study(page: Page, found: Mapping[str, Any]) -> None:
     config, facts = page.config, found["corpus"]
     kinds = [kind for kind in config.text.networks if kind in found]
     for number, kind in enumerate(kinds):
@@ -569,7 +522,14 @@ def _text_study(page: _Page, found: Mapping[str, Any]) -> None:
         [
             ["teacher", *(cell for kind in kinds for cell in (f"{found[kind]['teacher']['test']:.4f}", "–"))],
             *(
-                [n, *(c for kind in kinds for c in (_cell(tests[kind][n]), _cell(np.subtract(tests[kind][n], tests[kind]["KD"]))))]
+                [
+                    n,
+                    *(
+                        c
+                        for kind in kinds
+                        for c in (estimate_text(tests[kind][n]), estimate_text(np.subtract(tests[kind][n], tests[kind]["KD"])))
+                    ),
+                ]
                 for n in names
             ),
         ],
@@ -590,7 +550,7 @@ def _text_study(page: _Page, found: Mapping[str, Any]) -> None:
     )
 
 
-def _language(page: _Page, found: Mapping[str, Any]) -> None:
+def _language(page: Page, found: Mapping[str, Any]) -> None:
     students, facts = found["students"], found["facts"]
     lower = lambda number, text, ours, theirs, paper, note="": page.compare(  # noqa: E731
         number, text, students[theirs], students[ours], paper=paper, note=note
@@ -608,7 +568,7 @@ def _language(page: _Page, found: Mapping[str, Any]) -> None:
     page.table(
         "Language: held-out nats per token by layout",
         ("objective", "nats per token", "minus CE + KL, paired"),
-        [[name, _cell(values), _cell(np.subtract(values, students["CE + KL"]))] for name, values in students.items()],
+        [[name, estimate_text(values), estimate_text(np.subtract(values, students["CE + KL"]))] for name, values in students.items()],
         f"Teacher {facts['teacher']:.4f}. Means and 95 % intervals over {page.config.language.num_seeds} students of "
         f"{page.config.language.num_train} rows; {facts['held out']} rows held out.",
     )
@@ -621,7 +581,7 @@ def _language(page: _Page, found: Mapping[str, Any]) -> None:
     )
 
 
-def _checkpoints(page: _Page, found: Mapping[str, float]) -> None:
+def _checkpoints(page: Page, found: Mapping[str, float]) -> None:
     page.claim(
         "50",
         "The student's held-out loss falls (nats per token, after minus before)",
@@ -633,7 +593,7 @@ def _checkpoints(page: _Page, found: Mapping[str, float]) -> None:
     )
 
 
-def _not_run(page: _Page) -> None:
+def _not_run(page: Page) -> None:
     page.claim(
         "60",
         "SinKD beats KL, RKL and JS on GLUE with BERT-base and a BERT of six layers",

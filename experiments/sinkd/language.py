@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from janax.algorithms import sinkd
-from janax.experiments.lm import text as texts
+from janax.experiments import text as texts
 from janax.experiments.session import Session
 from janax.experiments.sinkd import students
 from janax.experiments.sinkd.config import Config, LanguageConfig

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from janax.experiments.lm import text as texts
+from janax.experiments import text as texts
 from janax.experiments.session import Session
 from janax.experiments.sinkd import students
 from janax.experiments.sinkd.config import Config, TextConfig

@@ -1,6 +1,6 @@
 """The inner block of the fused divergences, from the logits of both sides: everything that is as long as the vocabulary in one kernel.
 
-    sums = divergence.pallas_tpu(divergence_generator, x, y, temperature=2.0)        # also pallas_gpu; interpret=True runs them on CPU
+    sums = divergence.block(REVERSE_KL, x, y, platform="tpu", temperature=2.0)       # or "gpu"; interpret=True runs them on CPU
 
 Rows are read twice, first for the normalisers, then for the values and the slopes, which are written once. On TPU a grid walks rows, the two
 readings and the vocabulary in this order, with the sums in vector memory; on GPUs each Triton program does so for a few rows in two loops.
@@ -16,9 +16,10 @@ from jax.experimental import pallas as pl
 from jax.extend.core import primitives
 from jax.typing import ArrayLike
 
+from janax.jaxlib_ext.checks import check_shapes, one_of
 from janax.jaxlib_ext.divergence import Generator, numerics, terms
 
-__all__ = ["BlockSums", "pallas_gpu", "pallas_tpu"]
+__all__ = ["BlockSums", "block"]
 
 _TPU_ROWS, _TPU_COLUMNS = 64, 1024  # five tiles in flight, twice: 2.5 MiB of 16 (v5e) or more of vector memory
 _GPU_ROWS, _GPU_COLUMNS = 2, 1024
@@ -52,11 +53,12 @@ class _Static(NamedTuple):
     biased: tuple[bool, bool]
 
 
-def pallas_tpu(
+def block(
     generator: Generator,
     x: jax.Array,
     y: jax.Array,
     *,
+    platform: str,
     bias: jax.Array | None = None,
     teacher_bias: jax.Array | None = None,
     temperature: ArrayLike = 1.0,
@@ -64,25 +66,43 @@ def pallas_tpu(
     teacher_softcap: float | None = None,
     interpret: bool = False,
 ) -> BlockSums:
-    """The block on one TPU chip.
+    """Normalisers, values sum_v q f(p / q) and slopes of softmax(cap(x + bias) / temperature) = p and the teacher's q, by rows, on one device.
 
     Args:
       generator: f.
       x: [m v] the student's h w, float32.
-      y: [m v] the teacher's.
+      y: [m v] the teacher's, float32.
+      platform: "tpu", or "gpu" (CUDA, by Triton). Static.
       bias: [v] added to x; -inf forbids a token.
       teacher_bias: [v] the same for y.
-      temperature: [] > 0, divides the capped logits of both.
-      softcap: c in c tanh(x / c), or None. Static.
+      temperature: [] > 0, divides the capped logits of both. Traced.
+      softcap: c in cap(x) = c tanh(x / c), or None. Static.
       teacher_softcap: The teacher's. Static.
-      interpret: Run on CPU. Static.
+      interpret: Run the kernel on CPU. Static.
 
     Returns:
-      Sums and slopes, float32.
+      Sums and slopes, in nats, float32. Not differentiated: `fused.divergence` makes the gradient of them.
+
+    Raises:
+      ValueError: if shapes disagree, x and y are not float32, or the platform is another.
     """
+    one_of("block", "platform", platform, ("tpu", "gpu"))
+    check_shapes("block", x=(x, "m v"), y=(y, "m v"), bias=(bias, "v"), teacher_bias=(teacher_bias, "v"), temperature=(temperature, ""))
+    if x.dtype != jnp.float32 or y.dtype != jnp.float32:
+        raise ValueError(f"block: 'x' and 'y' have dtypes {x.dtype.name} and {y.dtype.name}, expected float32")
+    leaves, tree = jax.tree.flatten(generator)
+    numbers = jnp.stack([jnp.asarray(number, jnp.float32) for number in (temperature, *leaves)])
+    static = _Static(tree, softcap, teacher_softcap, x.shape[1], (bias is not None, teacher_bias is not None))
+    rows = [jnp.asarray(b, jnp.float32)[None] for b in (bias, teacher_bias) if b is not None]
+    call = _on_tpu if platform == "tpu" else _on_gpu
+    out = call(static, numbers, x, y, rows, interpret=interpret)
+    logsumexp, teacher, values, kappa = (column[:, 0] for column in out[:4])
+    return BlockSums(logsumexp, teacher, values, kappa, out[4])
+
+
+def _on_tpu(static: _Static, numbers: jax.Array, x: jax.Array, y: jax.Array, rows: list[jax.Array], *, interpret: bool) -> Any:
     from jax.experimental.pallas import tpu as pltpu
 
-    static, numbers, rows = _arguments(generator, x, y, bias, teacher_bias, temperature, softcap, teacher_softcap)
     m, v = x.shape
     height, width = min(_TPU_ROWS, -(-m // 8) * 8), min(_TPU_COLUMNS, -(-v // 128) * 128)
     grid = (pl.cdiv(m, height), 2, pl.cdiv(v, width))
@@ -120,7 +140,7 @@ def pallas_tpu(
 
     tile = pl.BlockSpec((height, width), lambda i, p, j: (i, j))
     row = pl.BlockSpec((height, 1), lambda i, p, j: (i, 0))
-    out = pl.pallas_call(
+    return pl.pallas_call(
         kernel,
         grid=grid,
         in_specs=[
@@ -136,40 +156,11 @@ def pallas_tpu(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
         interpret=interpret,
     )(numbers, x, y, *rows)
-    return _sums(out)
 
 
-def pallas_gpu(
-    generator: Generator,
-    x: jax.Array,
-    y: jax.Array,
-    *,
-    bias: jax.Array | None = None,
-    teacher_bias: jax.Array | None = None,
-    temperature: ArrayLike = 1.0,
-    softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    interpret: bool = False,
-) -> BlockSums:
-    """The block on one CUDA GPU, by Triton.
-
-    Args:
-      generator: f.
-      x: [m v] the student's h w, float32.
-      y: [m v] the teacher's.
-      bias: [v] added to x; -inf forbids a token.
-      teacher_bias: [v] the same for y.
-      temperature: [] > 0, divides the capped logits of both.
-      softcap: c in c tanh(x / c), or None. Static.
-      teacher_softcap: The teacher's. Static.
-      interpret: Run on CPU. Static.
-
-    Returns:
-      Sums and slopes, float32.
-    """
+def _on_gpu(static: _Static, numbers: jax.Array, x: jax.Array, y: jax.Array, rows: list[jax.Array], *, interpret: bool) -> Any:
     from jax.experimental.pallas import triton as plgpu  # imports Triton's dialect, which TPU installations may lack
 
-    static, numbers, rows = _arguments(generator, x, y, bias, teacher_bias, temperature, softcap, teacher_softcap)
     m, v = x.shape
     height, width = _GPU_ROWS, _GPU_COLUMNS
 
@@ -206,36 +197,20 @@ def pallas_gpu(
         for ref, value in zip((lse_p, lse_q, values, kappa), (*bases, *totals)):
             plgpu.store(ref.at[pl.ds(first, height), pl.ds(0, 1)], value, mask=rows_in[:, None])
 
-    out = pl.pallas_call(
+    return pl.pallas_call(
         kernel,
         grid=(pl.cdiv(m, height),),
         out_shape=_outputs(m, v),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
     )(numbers, x, y, *rows)
-    return _sums(out)
 
 
 # --- what both kernels are made of
 
 
-def _arguments(
-    generator: Generator, x: jax.Array, y: jax.Array, bias: Any, teacher_bias: Any, temperature: Any, softcap: Any, teacher_softcap: Any
-) -> tuple[_Static, jax.Array, list[jax.Array]]:
-    """(static, [temperature, parameters ...], the biases there are as [1 v])."""
-    leaves, tree = jax.tree.flatten(generator)
-    numbers = jnp.stack([jnp.asarray(number, jnp.float32) for number in (temperature, *leaves)])
-    static = _Static(tree, softcap, teacher_softcap, x.shape[1], (bias is not None, teacher_bias is not None))
-    return static, numbers, [jnp.asarray(b, jnp.float32)[None] for b in (bias, teacher_bias) if b is not None]
-
-
 def _outputs(m: int, v: int) -> list[jax.ShapeDtypeStruct]:
     return [jax.ShapeDtypeStruct((m, 1), jnp.float32)] * 4 + [jax.ShapeDtypeStruct((m, v), jnp.float32)]
-
-
-def _sums(out: Any) -> BlockSums:
-    logsumexp, teacher, values, kappa = (x[:, 0] for x in out[:4])
-    return BlockSums(logsumexp, teacher, values, kappa, out[4])
 
 
 def _tempered(

@@ -168,6 +168,7 @@ def test_fixed_point_refuses_what_cannot_be(vp):
         bdia.fixed_point_invert(vp.noise_fn, None, z, vp.grid(4), average_last=0)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("prediction", ["noise", "data"])
 @pytest.mark.parametrize("tableau", [bdia.EULER, bdia.MIDPOINT, bdia.RK4])
 def test_diffusion_round_trips_with_the_same_key(vp, tableau, prediction, x64):

@@ -146,6 +146,7 @@ def test_fixed_point(vp, num_iters, x64):
         close(ours, np.asarray(bdia.ddim_invert(vp.noise_fn, None, jnp.asarray(x), grid, convention="target")), 1e-12)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("order", ["paper", "alternate"])
 @pytest.mark.parametrize("levels", [N, 7])
 def test_edict(problem, order, levels, x64):

@@ -67,7 +67,7 @@ def tiny_model(tmp_path_factory):
     import jax
     import transformers
 
-    from janax.experiments.lm import text
+    from janax.experiments import text
     from janax.models import loading, transformer
 
     where = tmp_path_factory.mktemp("model")

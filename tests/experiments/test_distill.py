@@ -14,13 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from janax.experiments import cli, decoders
+from janax.experiments import cli, decoders, text
 from janax.experiments.config import LoraConfig, TrainConfig
 from janax.experiments.distill import config as distill_config
 from janax.experiments.distill import corpus, objective
 from janax.experiments.distill.config import Config
 from janax.experiments.errors import UserError
-from janax.experiments.lm import text
 from janax.experiments.metrics import read_rows
 from janax.jaxlib_ext import divergence
 from janax.models import loading, lora, transformer

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import rich.console
 
-from janax.experiments import lm, training
+from janax.experiments import lm, text, training
 from janax.experiments import session as sessions
 from janax.experiments.config import TrainConfig
 from janax.experiments.errors import UserError
-from janax.experiments.lm import text
 from janax.experiments.metrics import read_rows
 from janax.models import loading, lora
 

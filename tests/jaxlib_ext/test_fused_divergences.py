@@ -14,7 +14,7 @@ from janax.jaxlib_ext import aot, divergence, fused, sharding
 from janax.jaxlib_ext.kernels import divergence as kernels
 from janax.jaxlib_ext.logprobs import TopK
 
-N, D, E, V = 13, 6, 9, 300
+N, D, E, V = 7, 6, 9, 150
 PARAMETERS = {
     "js": {"beta": 0.3},
     "skew_kl": {"alpha": 0.2},
@@ -106,7 +106,7 @@ def test_under_jit(kind, call, x64):
 
 
 def test_float32_and_bfloat16():
-    """float32 within the rounding of sums over 300 entries; bfloat16 arrays give what their rounded values give in float32, products apart."""
+    """float32 within the rounding of sums over 150 entries; bfloat16 arrays give what their rounded values give in float32, products apart."""
     arrays, *rest = problem(np.float32)
     f, student = of_student(lambda arrays: weighted("js", arrays, *rest, beta=0.3, temperature=2.0), arrays)
     check(jax.jit(jax.value_and_grad(f))(student), wanted("js"), 2e-5, 1e-4)
@@ -118,15 +118,15 @@ def test_float32_and_bfloat16():
     np.testing.assert_allclose(value, plain("js", rounded, *rest, beta=0.3, temperature=2.0), rtol=1e-5)
 
 
-@pytest.mark.parametrize("tokens", ["likeliest", "some forbidden"])
-def test_teacher_by_its_top_k(tokens, x64):
+@pytest.mark.parametrize(("kind", "tokens"), [("js", "likeliest"), ("forward_kl", "some forbidden")])
+def test_teacher_by_its_top_k(kind, tokens, x64):
     arrays, _, weights, _ = problem()
     log_q = jax.nn.log_softmax(logits(arrays["teacher_h"], arrays["teacher_w"], arrays["teacher_bias"], 4.0) / 2)
     top = TopK(*jax.lax.top_k(log_q, 7))
     if tokens != "likeliest":
-        ids = jnp.asarray(np.tile([3, 5, 7, 20, 299], (N, 1)))
+        ids = jnp.asarray(np.tile([3, 5, 7, 20, 149], (N, 1)))
         top = TopK(jnp.take_along_axis(log_q, ids, 1), ids)
-    generator = divergence.js_generator(0.4)
+    generator = divergence.resolve("", kind, **PARAMETERS.get(kind, {})).generator
 
     def theirs(student):
         z = logits(student["h"], student["w"], student["bias"], 5.0) / 2
@@ -134,8 +134,8 @@ def test_teacher_by_its_top_k(tokens, x64):
         return jnp.sum(weights * divergence.from_support(generator, log_p, top.log_probs))
 
     def ours(student):
-        options = {"teacher_top_k": top, "beta": 0.4, "temperature": 2.0, "softcap": 5.0} | CHUNKS
-        return fused.weighted_divergence("js", student["h"], student["w"], None, None, weights, bias=student["bias"], **options)
+        options = {"teacher_top_k": top, "temperature": 2.0, "softcap": 5.0} | CHUNKS | PARAMETERS.get(kind, {})
+        return fused.weighted_divergence(kind, student["h"], student["w"], None, None, weights, bias=student["bias"], **options)
 
     student = {name: arrays[name] for name in ("h", "w", "bias")}
     check(jax.jit(jax.value_and_grad(ours))(student), jax.value_and_grad(theirs)(student), 1e-12, 1e-11)
@@ -144,7 +144,7 @@ def test_teacher_by_its_top_k(tokens, x64):
 def test_what_does_not_count_may_be_anything():
     arrays, labels, weights, label_weights = problem(np.float32)
     mask = np.ones(N, bool)
-    mask[[2, 11]] = False
+    mask[[2, 5]] = False
     spoilt = arrays | {"h": np.where(mask[:, None], arrays["h"], np.nan), "teacher_h": np.where(mask[:, None], arrays["teacher_h"], np.inf)}
 
     def masked(arrays):
@@ -229,7 +229,7 @@ def test_no_array_of_tokens_by_vocabulary():
     size = lambda f: jax.jit(f).lower(*arguments).compile().memory_analysis().temp_size_in_bytes  # noqa: E731
     assert size(theirs) >= 4 * n * v  # the measure sees the logits
     assert size(ours) <= 0.1 * size(theirs)
-    assert max(math.prod(s) for s in arrays_of(jax.make_jaxpr(ours)(*arguments).jaxpr)) <= n * v // 8
+    assert max(math.prod(s) for s in arrays_of(jax.make_jaxpr(ours)(*arguments).jaxpr)) <= n * v // 4
 
 
 # --- kernels
@@ -249,8 +249,8 @@ def test_the_kernel_changes_nothing(temperature):
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "alpha_divergence"])
-@pytest.mark.parametrize("kernel", [kernels.pallas_tpu, kernels.pallas_gpu])
-def test_both_kernels_equal_the_definition(kernel, kind):
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_both_kernels_equal_the_definition(platform, kind):
     rng = np.random.default_rng(1)
     x, y = (3 * rng.normal(size=(2, 70, 1500))).astype(np.float32)
     bias, teacher_bias = rng.normal(size=(2, 1500)).astype(np.float32)
@@ -269,7 +269,7 @@ def test_both_kernels_equal_the_definition(kernel, kind):
 
     @jax.jit
     def run(x, y):
-        out, z_p = kernel(generator, x, y, interpret=True, **options), capped(x, bias, 5.0)
+        out, z_p = kernels.block(generator, x, y, platform=platform, interpret=True, **options), capped(x, bias, 5.0)
         slopes = out.slopes - jax.nn.softmax(z_p) * out.kappa[:, None]
         return out.values, jnp.where(jnp.isneginf(z_p), 0, slopes), out.logsumexp
 
@@ -290,14 +290,14 @@ def kernel_step(kernel):
 
 
 def test_lowers_to_the_kernel():
-    step, arguments = kernel_step("pallas_tpu")
+    step, arguments = kernel_step("tpu")
     assert step.trace(*arguments).lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call") == 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("topology", "kernel", "needs"),
-    [("v5e:2x2", "pallas_tpu", "libtpu"), ("v6e:2x2", "pallas_tpu", "libtpu"), ("h100:1x1", "pallas_gpu", "jax_cuda12_plugin")],
+    [("v5e:2x2", "tpu", "libtpu"), ("v6e:2x2", "tpu", "libtpu"), ("h100:1x1", "gpu", "jax_cuda12_plugin")],
 )
 def test_compiles_ahead_of_time(topology, kernel, needs):
     if importlib.util.find_spec(needs) is None:
@@ -306,7 +306,7 @@ def test_compiles_ahead_of_time(topology, kernel, needs):
     placement = jax.sharding.SingleDeviceSharding(np.ravel(aot.topology_devices(topology))[0])
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement), arguments)
     compiled = step.lower(*arguments).compile()
-    assert ("tpu_custom_call" if "tpu" in kernel else "triton") in compiled.as_text()
+    assert ("tpu_custom_call" if kernel == "tpu" else "triton") in compiled.as_text()
 
 
 # --- meshes
@@ -398,8 +398,8 @@ def test_messages():
         (lambda: fused.divergence("renyi", h, w, teacher_h, teacher_w), "divergence: 'alpha' is None, expected a number for renyi"),
         (lambda: fused.divergence("renyi", h, w, teacher_top_k=top, alpha=0.5), "expected an f-divergence where the teacher"),
         (lambda: fused.divergence("adaptive_kl", h, w, teacher_h, teacher_w, axis_name="x"), "sorts the vocabulary"),
-        (lambda: fused.divergence("renyi", h, w, teacher_h, teacher_w, alpha=0.5, kernel="pallas_tpu"), "expected None for this kind"),
-        (lambda: fused.divergence("js", h, w, teacher_h, teacher_w, kernel="tpu"), "'kernel' is 'tpu', expected"),
+        (lambda: fused.divergence("renyi", h, w, teacher_h, teacher_w, alpha=0.5, kernel="tpu"), "expected None for this kind"),
+        (lambda: fused.divergence("js", h, w, teacher_h, teacher_w, kernel="cpu"), "'kernel' is 'cpu', expected"),
         (lambda: fused.divergence("js", h, w, teacher_h, teacher_w, teacher_softcap=-1.0), "'teacher_softcap' is -1.0"),
         (
             lambda: fused.weighted_divergence("js", h, w, teacher_h, teacher_w, weights, labels=labels),
