@@ -2,6 +2,6 @@
 
 from janax import _lazy_modules
 
-__all__ = ["bdia", "sinkd"]
+__all__ = ["bdia", "bib", "rl_bayes", "sinkd"]
 
 __getattr__, __dir__ = _lazy_modules(__name__, __all__)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EXPERIMENTS", "main"]
 
-EXPERIMENTS = ("bdia", "lm", "sinkd")
+EXPERIMENTS = ("bdia", "lm", "sinkd", "bib")
 
 _COMMANDS = ("list", "run", "compile", "report", "fetch", "generate", "score", "chat", "distill")
 

@@ -14,7 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-__all__ = ["COLORS", "axes", "dots", "image_grid", "lines", "save"]
+from janax.experiments.statistics import mean_interval
+
+__all__ = ["COLORS", "axes", "dots", "image_grid", "intervals", "lines", "save"]
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#3d3d3d")
 """Wong's palette (Nature Methods 8:441), ordered so that neighbours differ in lightness as well; see also `_DASHES`."""
@@ -194,4 +196,45 @@ def image_grid(
     for i, label in enumerate(column_labels):
         x = i * (width + seam) + width / 2 - 0.5
         panel.text(x, -0.6 - 0.02 * canvas.shape[0], label, ha="center", va="bottom", fontsize=9, color="#222222")
+    return save(figure, path)
+
+
+def intervals(path: Path, groups: Mapping[str, Mapping[str, Sequence[float]]], *, xlabel: str, title: str, reference: str = "") -> Path:
+    """Means with 95 % intervals over seeds, a row each.
+
+    Args:
+      path: PNG to write.
+      groups: heading of a group -> name of a row -> [seeds] values.
+      xlabel: With the unit.
+      title: Says what the picture shows.
+      reference: The row at whose mean a line is drawn.
+
+    Returns:
+      `path`.
+    """
+    names = [name for group in groups.values() for name in group]
+    figure, grid = axes(width=6.8, height=0.27 * len(names) + 1.2)
+    panel = grid[0, 0]
+    ticks, height = [], 0.0
+    for i, (heading, group) in enumerate(groups.items()):
+        label = heading
+        for name, values in group.items():
+            estimate = mean_interval(values)
+            color, marker = COLORS[i % len(COLORS)], "os^Dv"[i % 5]
+            error = [[estimate.value - estimate.low], [estimate.high - estimate.value]]
+            panel.errorbar([estimate.value], [height], xerr=error, fmt=marker, color=color, markersize=5.5, capsize=3, label=label or None)
+            if name == reference:
+                panel.axvline(estimate.value, color="#777777", linewidth=1.0, linestyle=(0, (4, 3)), zorder=0)
+            label = ""
+            ticks.append((height, name))
+            height += 1.0
+        height += 0.6
+    panel.set_yticks([y for y, _ in ticks], [name for _, name in ticks])
+    panel.set_ylim(height - 0.9, -0.7)
+    panel.grid(visible=False)
+    panel.grid(visible=True, axis="x", color="#e9e9e9", linewidth=0.8)
+    if len(groups) > 1:
+        panel.legend(loc="best", frameon=False, fontsize=8.5)
+    panel.set(xlabel=xlabel)
+    panel.set_title(title, loc="left", fontsize=11, fontweight="bold")
     return save(figure, path)

@@ -13,9 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.typing import ArrayLike, DTypeLike
 
 __all__ = [
     "Rules",
@@ -28,6 +30,7 @@ __all__ = [
     "per_device",
     "place",
     "placed",
+    "scalar_like",
     "shardings",
     "spec_of",
     "specs",
@@ -203,6 +206,11 @@ def per_device(
     split = {kind: name for kind, name in names.items() if name in mesh.shape and not any(n % mesh.shape[name] for n in lengths[kind])}
     specs, spec = [jax.P(*(split.get(kind or "") for kind in kinds)) for kinds in axes], jax.P(*(split.get(kind or "") for kind in out))
     return jax.shard_map(call, in_specs=tuple(specs), out_specs=spec, check_vma=False)(*arrays)
+
+
+def scalar_like(x: jax.Array, value: ArrayLike, dtype: DTypeLike) -> jax.Array:
+    """[] `value` on the mesh of `x`, for what a loop over x carries: a bare constant belongs to no mesh, which `vmap` of such a loop refuses."""
+    return jnp.sum(jnp.zeros_like(x, dtype=dtype)) + jnp.asarray(value, dtype)
 
 
 def placed(call: Callable[..., Any], like: Callable[[Callable[[Any], jax.P]], Any], *args: Any) -> Any:

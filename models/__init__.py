@@ -2,6 +2,6 @@
 
 from janax import _lazy_modules
 
-__all__ = ["cache", "dit", "encoder", "gguf", "loading", "lora", "mlp", "presets", "tokenizers", "transformer", "unet"]
+__all__ = ["cache", "dit", "encoder", "gguf", "loading", "lora", "mlp", "presets", "sequence", "tokenizers", "transformer", "unet"]
 
 __getattr__, __dir__ = _lazy_modules(__name__, __all__)

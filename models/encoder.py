@@ -5,6 +5,7 @@
     h = encoder.hidden(config, params, tokens, segment_ids)          # [b t d]
     z = encoder.logits(config, params, tokens, segment_ids)          # [b t v], of the token that stands at each place
     pooled = encoder.pool(config, params, h, segment_ids)            # one vector per row
+    h = encoder.hidden(config, params, rows)                         # relaxed tokens: probabilities [b t v], differentiable
 
 Where only some logits or log-probabilities are wanted, `jaxlib_ext.fused` takes `head_hidden` with the matrix and bias of `unembed`.
 """
@@ -188,16 +189,28 @@ class _Embedding(nnx.Module):
         self.config = config
 
     def __call__(self, tokens: jax.Array, positions: jax.Array, types: jax.Array | None, same: jax.Array | None) -> jax.Array:
-        """tokens [b t], positions [b or 1, t] and types [b t] to [b t d] in the compute dtype; one out of range gives nan."""
-        x = _rows(self.tokens, tokens)
-        if self.config.mask_token is not None:
-            masked = tokens == self.config.mask_token
-            x = jnp.where(masked[..., None], 0, x) * _mask_compensation(masked, same)[..., None].astype(x.dtype)
+        """tokens [b t] or [b t v], positions [b or 1, t] and types [b t] to [b t d] in the compute dtype; one out of range gives nan."""
+        x = self._embedded(tokens, same)
         if self.positions is not None:
             x = x + jnp.broadcast_to(_rows(self.positions, positions + self.config.position_offset), x.shape)
         if self.types is not None:
-            x = x + _rows(self.types, jnp.zeros_like(tokens) if types is None else types)
+            x = x + _rows(self.types, jnp.zeros(x.shape[:2], jnp.int32) if types is None else types)
         return (x if self.norm is None else self.norm(x)).astype(self.config.dtype)
+
+    def _embedded(self, tokens: jax.Array, same: jax.Array | None) -> jax.Array:
+        """Token embeddings [b t d], or their expectation for rows of probabilities, with ESM-2's rescaling."""
+        mask, soft = self.config.mask_token, jnp.issubdtype(tokens.dtype, jnp.floating)
+        if soft:
+            table = dtypes.at_least_float32(self.tokens[...])  # type: ignore[index]
+            rows = tokens.astype(table.dtype)
+            masked = None if mask is None else rows[..., mask]
+            unmasked = rows if mask is None else jnp.where((jnp.arange(rows.shape[-1]) == mask)[None, None], 0, rows)
+            x = jnp.einsum("btv,vd->btd", unmasked, table, precision=jax.lax.Precision.HIGHEST)  # as exact as a row that is looked up
+        else:
+            x = _rows(self.tokens, tokens)
+            masked = None if mask is None else (tokens == mask).astype(x.dtype)
+            x = x if masked is None else jnp.where((tokens == mask)[..., None], 0, x)
+        return x if masked is None else x * _mask_compensation(masked, same)[..., None]
 
 
 def _rows(table: Any, index: jax.Array) -> jax.Array:
@@ -205,10 +218,10 @@ def _rows(table: Any, index: jax.Array) -> jax.Array:
 
 
 def _mask_compensation(masked: jax.Array, same: jax.Array | None) -> jax.Array:
-    """masked [b t] to [b t or 1], float32: 0.88 / (1 - share of masked tokens among those of the same text)."""
+    """masked [b t], 0 to 1, to [b t or 1]: 0.88 / (1 - share of masked tokens among those of the same text)."""
     others = jnp.ones((1, 1, masked.shape[1]), bool) if same is None else same
-    length, kept = (jnp.sum(others & x[:, None, :], axis=-1, dtype=jnp.int32) for x in (jnp.ones_like(masked), ~masked))
-    return (1 - _TRAINED_MASK_RATIO) * length.astype(jnp.float32) / jnp.maximum(kept, 1).astype(jnp.float32)  # none kept: all zero anyway
+    length, kept = (jnp.sum(jnp.where(others, x[:, None, :], 0), axis=-1) for x in (jnp.ones_like(masked), 1 - masked))
+    return (1 - _TRAINED_MASK_RATIO) * length / jnp.maximum(kept, 1)  # none kept: all zero anyway
 
 
 class _Block(nnx.Module):
@@ -274,7 +287,7 @@ class Encoder(nnx.Module):
     def __call__(
         self, tokens: jax.Array, segment_ids: jax.Array | None, positions: jax.Array | None, token_types: jax.Array | None
     ) -> jax.Array:
-        """All [b t] or None, to [b t d]."""
+        """All [b t] or None, except that tokens may be [b t v], to [b t d]."""
         config = self.config
         if positions is None:
             index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
@@ -347,10 +360,15 @@ def hidden(
 
     Texts may be padded on either side or packed several to a row, which does not change the numbers of any of them.
 
+    Tokens may be relaxed to rows of probabilities: a place then has the expectation of its token's embedding, sum_v p_v E_v, differentiable in
+    the row; a one-hot row gives what its id gives. Under `config.mask_token` the mask token adds p_mask times zero to that sum, and the number m
+    of masks in (1 - 0.12) / (1 - m / n) is the expected one, the sum of p_mask over the text, with n - m held to at least 1.
+
     Args:
       config: The network. Static.
       params: As `init` gives them.
-      tokens: [b t] integers; one out of range gives nan.
+      tokens: [b t] integers, of which one out of range gives nan; or [b t v] floating, a row of probabilities at each place (any weights will
+        do: nothing is normalised), used in the embeddings' dtype, at least float32.
       segment_ids: [b t] integers, 0 for padding; tokens see those of their own segment only, which stand together. None is one segment a
         row: no token is padding then, whatever its number.
       positions: [b t] integers from 0; None counts from the beginning of each segment.
@@ -361,6 +379,8 @@ def hidden(
 
     Raises:
       ValueError: on wrong shapes, token types for a network that has none, or if `params` does not belong to the config.
+
+    Reference: straight-through and soft tokens as in arXiv:2301.02931, whose code multiplies such rows by the embedding matrix.
     """
     return _run("encoder.hidden", config, params, tokens, segment_ids, positions, token_types, unembedded=False)
 
@@ -377,7 +397,7 @@ def _run(
     unembedded: bool,
 ) -> jax.Array:
     given = {"segment_ids": segment_ids, "positions": positions, "token_types": token_types}
-    tokens, *rest = _layers.check_tokens(function, tokens, **given)
+    tokens, *rest = _check_inputs(function, config, tokens, given)
     if token_types is not None and not config.token_types:
         raise ValueError(f"{function}: 'token_types' is given, but the network has none")
     check_params(function, config, params)
@@ -392,7 +412,18 @@ def _run(
         z = jnp.einsum("btd,dv->btv", h, kernel.astype(h.dtype), preferred_element_type=jnp.float32)
         return z + bias.astype(z.dtype)[None, None]
 
-    return sharding.placed(call, lambda spec: jax.P(*spec(tokens), None), tokens, params, *rest)
+    return sharding.placed(call, lambda spec: jax.P(*spec(tokens)[:2], None), tokens, params, *rest)
+
+
+def _check_inputs(function: str, config: EncoderConfig, tokens: ArrayLike, others: Mapping[str, ArrayLike | None]) -> tuple[Any, ...]:
+    """As arrays, tokens [b t] integers or [b t v] floating, the others [b t] integers or None."""
+    tokens = jnp.asarray(tokens)
+    if not jnp.issubdtype(tokens.dtype, jnp.floating):
+        return _layers.check_tokens(function, tokens, **others)
+    if tokens.ndim != 3 or tokens.shape[2] != config.vocab_size:
+        wanted = f"integers [b t] or rows of probabilities [b t v] with v={config.vocab_size}"
+        raise ValueError(f"{function}: 'tokens' has dtype {tokens.dtype} and shape {tokens.shape}, expected {wanted}")
+    return tokens, *_layers.check_tokens(function, np.zeros(tokens.shape[:2], np.int32), **others)[1:]
 
 
 def head_hidden(config: EncoderConfig, params: Mapping[str, Any], h: jax.Array) -> jax.Array:

@@ -129,7 +129,7 @@ class TextConfig:
     """Texts that a student sees, drawn anew for every seed; the teacher sees all training texts."""
     batch_size: int = 32
     """Texts of a batch."""
-    num_steps: int = 180
+    num_steps: int = 120
     """Steps of a student."""
     teacher_steps: int = 200
     """Steps of a teacher."""
@@ -171,9 +171,9 @@ class LanguageConfig:
     """Positions of a problem in the grouped layout."""
     num_train: int = 500
     """Rows that a student sees; the teacher sees all training rows."""
-    num_steps: int = 100
+    num_steps: int = 80
     """Steps of a student."""
-    teacher_steps: int = 300
+    teacher_steps: int = 240
     """Steps of the teacher, with four times the batch."""
     width: int = 32
     """Width of a student, which has one block; the teacher has two."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from janax.experiments import report
+from janax.experiments import plots, report
 from janax.experiments.page import Page, estimate_text
 from janax.experiments.session import Session
 from janax.experiments.sinkd import analyses, pictures
@@ -392,12 +392,12 @@ def _digits(page: Page, found: Mapping[str, Any]) -> None:
     groups = {"CE and X": {n: test[n] for n in main}, "KD + w X, w by validation": {n: test[n] for n in beside}}
     page.picture(
         "digits.png",
-        lambda path: pictures.intervals(path, groups, xlabel="test accuracy", title="Digits: students by loss", reference="KD"),
+        lambda path: plots.intervals(path, groups, xlabel="test accuracy", title="Digits: students by loss", reference="KD"),
         f"Test accuracy of students on digits, means and 95 % intervals over {seeds} seeds; the dashed line is KD.",
     )
     page.picture(
         "digits-alone.png",
-        lambda path: pictures.intervals(
+        lambda path: plots.intervals(
             path, {"": {n: test[n] for n in alone_names}}, xlabel="test accuracy", title="Digits: one loss alone, no labels"
         ),
         "Students that see no label: losses between sets do not say which sample is what, until they are anchored.",
@@ -538,7 +538,7 @@ def _text_study(page: Page, found: Mapping[str, Any]) -> None:
     for kind in kinds:
         page.picture(
             f"text-{kind}.png",
-            lambda path, kind=kind: pictures.intervals(
+            lambda path, kind=kind: plots.intervals(
                 path, {"": tests[kind]}, xlabel="test accuracy", title=f"Docstrings: {kind} students by loss", reference="KD"
             ),
             f"Test accuracy of {kind} students on docstrings; the dashed line is KD.",
@@ -574,7 +574,7 @@ def _language(page: Page, found: Mapping[str, Any]) -> None:
     )
     page.picture(
         "language.png",
-        lambda path: pictures.intervals(
+        lambda path: plots.intervals(
             path, {"": students}, xlabel="held-out nats per token", title="Language: layouts of sequences", reference="CE + KL"
         ),
         "Held-out loss of small decoders by what is added to the labels' cross-entropy; lower is better, the dashed line is CE + 0.1 KL.",

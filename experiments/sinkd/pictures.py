@@ -10,7 +10,7 @@ from janax.experiments import plots
 from janax.experiments.sinkd import analyses
 from janax.experiments.statistics import Estimate, mean_interval
 
-__all__ = ["ablations", "intervals", "lost_class", "modes", "moving_apart", "saturation", "sets"]
+__all__ = ["ablations", "lost_class", "modes", "moving_apart", "saturation", "sets"]
 
 
 def _finish(panel: Any, *, title: str, xlabel: str = "", ylabel: str = "", **more: Any) -> None:
@@ -104,35 +104,6 @@ def sets(path: Path, found: Mapping[str, Mapping[str, float]]) -> None:
     panel.set_xticks(range(len(losses)), losses)
     panel.legend(loc="upper right", frameon=False)
     _finish(panel, title="A loss between sets does not see who is who", ylabel="loss, sum over 32 rows", ylim=(-1.5, None))
-    plots.save(figure, path)
-
-
-def intervals(path: Path, groups: Mapping[str, Mapping[str, Sequence[float]]], *, xlabel: str, title: str, reference: str = "") -> None:
-    """Means with 95 % intervals, one row each: heading of a group -> name -> values over seeds; a line at the mean of the row `reference`."""
-    names = [name for group in groups.values() for name in group]
-    figure, grid = plots.axes(width=6.8, height=0.27 * len(names) + 1.2)
-    panel = grid[0, 0]
-    ticks, height = [], 0.0
-    for i, (heading, group) in enumerate(groups.items()):
-        label = heading
-        for name, values in group.items():
-            estimate = mean_interval(values)
-            color, marker = plots.COLORS[i % len(plots.COLORS)], "os^Dv"[i % 5]
-            error = [[estimate.value - estimate.low], [estimate.high - estimate.value]]
-            panel.errorbar([estimate.value], [height], xerr=error, fmt=marker, color=color, markersize=5.5, capsize=3, label=label or None)
-            if name == reference:
-                panel.axvline(estimate.value, color="#777777", linewidth=1.0, linestyle=(0, (4, 3)), zorder=0)
-            label = ""
-            ticks.append((height, name))
-            height += 1.0
-        height += 0.6
-    panel.set_yticks([y for y, _ in ticks], [name for _, name in ticks])
-    panel.set_ylim(height - 0.9, -0.7)
-    panel.grid(visible=False)
-    panel.grid(visible=True, axis="x", color="#e9e9e9", linewidth=0.8)
-    if len(groups) > 1:
-        panel.legend(loc="best", frameon=False, fontsize=8.5)
-    _finish(panel, title=title, xlabel=xlabel)
     plots.save(figure, path)
 
 

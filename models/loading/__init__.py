@@ -12,7 +12,7 @@ Where to read what:
   entries       how tensors make up parameters; reading, checking, placing and writing, the same for all families
   model         a language model with tokenizer and callables, by name, directory or GGUF file
   transformer   Hugging Face's decoder language models          dit   diffusers' DiT
-  encoder       Hugging Face's BERT, RoBERTa and ESM
+  encoder       Hugging Face's BERT, RoBERTa and ESM         vocabulary   the tokens of such a directory
 """
 
 from janax.models.loading.dit import load_dit, save_dit
@@ -21,6 +21,7 @@ from janax.models.loading.entries import Shardings
 from janax.models.loading.files import Source
 from janax.models.loading.model import Model, load
 from janax.models.loading.transformer import load_transformer, read_transformer, save_transformer
+from janax.models.loading.vocabulary import load_vocabulary, save_vocabulary
 
 __all__ = [
     "Model",
@@ -30,8 +31,10 @@ __all__ = [
     "load_dit",
     "load_encoder",
     "load_transformer",
+    "load_vocabulary",
     "read_transformer",
     "save_dit",
     "save_encoder",
     "save_transformer",
+    "save_vocabulary",
 ]

@@ -187,6 +187,7 @@ def test_one_step_gives_back_the_pair(x64):
         np.testing.assert_allclose(back, old, atol=1e-14)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("gamma", [1, 0.5, Fraction(24, 25), Fraction(9, 10), Fraction(3, 7)])
 @pytest.mark.parametrize("width", ["float32", "float64"])
 def test_integers_are_exact_both_ways(vp, gamma, width):
@@ -212,6 +213,7 @@ def test_integers_are_exact_both_ways(vp, gamma, width):
         np.testing.assert_array_equal(again.n_i, bdia.quantize(x, bits=16))
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("bits,deviation", [(8, 2e-2), (12, 1.7e-3), (16, 1e-4), (20, 5e-6)])
 def test_integers_follow_the_floats(vp, bits, deviation, x64):
     """Largest deviation at N = 50; the specification's figures, for another mixture, within a factor of four."""

@@ -151,6 +151,62 @@ def test_pooling():
     assert np.all(np.isfinite(empty.first))
 
 
+def _one_hot(tokens, config):
+    return np.eye(config.vocab_size, dtype=np.float32)[tokens]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_probabilities_relax_tokens(family, strict):
+    """One-hot rows are their tokens, masks, padding and packing included."""
+    config, params, data = _case(family)
+    tokens, real, *rest = _arguments(data)
+    tokens = np.where(np.arange(12)[None] % 5 == 3, MASK, tokens)
+    expected = _both(config, params, tokens, real, *rest)
+    for rows, tolerance in ((_one_hot(tokens, config), 2e-6), (_one_hot(tokens, config).astype(jnp.bfloat16), 2e-6)):
+        for actual, wanted in zip(_both(config, params, rows, real, *rest), expected):
+            np.testing.assert_allclose(actual[real == 1], wanted[real == 1], rtol=0, atol=tolerance)
+
+
+def test_a_row_has_the_expected_embedding():
+    config, params, _ = _case("bert")
+    table = np.array(params["embed"]["tokens"])
+    rows = _one_hot(np.array([[5, 6, 7, 8]]), config)
+    rows[0, 2, [7, 9, MASK]] = 0.5, 0.3, 0.2
+    table[39] = 0.5 * table[7] + 0.3 * table[9] + 0.2 * table[MASK]
+    same = {**params, "embed": {**params["embed"], "tokens": table}}
+    np.testing.assert_allclose(_hidden(config, params, rows), _hidden(config, same, np.array([[5, 6, 39, 8]])), atol=1e-5)
+
+
+def test_rows_count_masks_by_their_probability():
+    """Half a mask in four tokens: half the embedding there, and 0.88 / (1 - 0.5 / 4) everywhere; masks alone stay finite."""
+    config, params, _ = _case("esm2")
+    plain = dataclasses.replace(config, mask_token=None)
+    table = np.array(params["embed"]["tokens"]) * np.float32(0.88 / (1 - 0.5 / 4))
+    table[7] *= 0.5
+    rows = _one_hot(np.array([[5, 6, 7, 8]]), config)
+    rows[0, 2, [7, MASK]] = 0.5
+    expected = _hidden(plain, {**params, "embed": {"tokens": table}}, np.array([[5, 6, 7, 8]]))
+    np.testing.assert_allclose(_hidden(config, params, rows), expected, atol=1e-5)
+    assert np.all(np.isfinite(_hidden(config, params, _one_hot(np.full((1, 4), MASK), config))))
+
+
+@_jit
+def _row_slope(config, params, rows, segment_ids, direction):
+    def value(size):
+        return jnp.sum(jnp.sin(encoder.hidden(config, params, rows + size * direction, segment_ids)))
+
+    return jax.grad(value)(0.0), (value(1e-2) - value(-1e-2)) / 2e-2
+
+
+@pytest.mark.parametrize("family", ["bert", "esm2"])
+def test_gradient_in_rows_agrees_with_finite_differences(family):
+    config, params, data = _case(family)
+    rng = np.random.default_rng(0)
+    rows, direction = rng.dirichlet(np.ones(40), (4, 12)).astype(np.float32), rng.standard_normal((4, 12, 40), np.float32)
+    slope, difference = _row_slope(config, params, rows, data["attention_mask"], direction)
+    np.testing.assert_allclose(slope, difference, rtol=2e-2, atol=2e-2)  # 1536 terms, rounding 1e-6 of their sum / 2e-2, plus O(step^2)
+
+
 def test_initial_parameters():
     with jax.debug_key_reuse(True):
         params = _jit(encoder.init)(BERT, jax.random.key(3))
@@ -241,11 +297,14 @@ def test_same_numbers_on_a_mesh(family, mesh):
     z = _logits(config, params, *batch)
     np.testing.assert_allclose(np.asarray(z)[real], data["logits"][real], atol=1e-5)
     h = _hidden(config, params, *batch)
+    rows = _one_hot(data["input_ids"], config)
+    soft = _hidden(config, params, rows if mesh is None else jax.device_put(rows, jax.P("data")), *batch[1:])
+    np.testing.assert_allclose(np.asarray(soft)[real], data["hidden"][real], atol=1e-5)
     pooled = _jit(encoder.pool)(config, params, h, batch[1])
     np.testing.assert_allclose(np.asarray(pooled.mean)[3], data["hidden"][3, :3].mean(0), atol=1e-5)
     below = _jit(encoder.head_hidden)(config, params, h)
     if mesh is not None and mesh.axis_types[0] == AxisType.Explicit:
-        for x in (z, h, below, pooled.mean):
+        for x in (z, h, soft, below, pooled.mean):
             assert jax.typeof(x).sharding.spec == jax.P("data", *(None,) * (x.ndim - 1))
 
 
@@ -302,6 +361,12 @@ def test_argument_errors():
         encoder.hidden(config, params, tokens[0])
     with pytest.raises(ValueError, match=r"encoder.logits: 'segment_ids' has shape \(4, 11\), expected \[b t\] with t=12 from 'tokens'"):
         encoder.logits(config, params, tokens, tokens[:, :11])
+    with pytest.raises(
+        ValueError, match=r"encoder.hidden: 'tokens' has dtype float32 and shape \(4, 12\), expected integers \[b t\] or rows"
+    ):
+        encoder.hidden(config, params, tokens.astype(np.float32))
+    with pytest.raises(ValueError, match=r"'segment_ids' has shape \(4, 11\), expected \[b t\] with t=12 from 'tokens'"):
+        encoder.hidden(config, params, _one_hot(tokens, config), tokens[:, :11])
     with pytest.raises(ValueError, match="'positions' has dtype float32, expected integers"):
         encoder.hidden(config, params, tokens, None, tokens.astype(np.float32))
     with pytest.raises(ValueError, match=r"encoder.hidden: parameter 'blocks/attention_norm/bias' has shape \(2, 32\), expected \(3, 32\)"):
