@@ -39,7 +39,7 @@ __all__ = ["EXPERIMENTS", "main"]
 
 EXPERIMENTS = ("bdia", "lm", "sinkd", "bib")
 
-_COMMANDS = ("list", "run", "compile", "report", "fetch", "generate", "score", "chat", "distill")
+_COMMANDS = ("list", "run", "compile", "report", "fetch", "generate", "score", "chat", "distill", "design")
 
 _HELP = """\
 usage: janax COMMAND ...
@@ -55,6 +55,7 @@ Bidirectional methods for generative models in JAX.
   janax score [options]                   log-probabilities of texts after a context
   janax chat [options]                    talk to an instruction-tuned model
   janax distill [options]                 teach a language model what another one predicts
+  janax design [options]                  from scored sequences to a batch of better ones
 
   janax COMMAND --help                    options of a command
   janax --version                         version
@@ -165,6 +166,8 @@ def _dispatch(argv: list[str], experiments: Sequence[str | ModuleType]) -> int:
         return _language(command, rest)
     elif command == "distill":
         return _distill(rest)
+    elif command == "design":
+        return _design(rest)
     else:
         raise UserError(f"there is no command {command!r}; {_nearest(command, _COMMANDS)}")
     return 0
@@ -467,16 +470,33 @@ def _language(command: str, argv: list[str]) -> int:
 def _distill(argv: list[str]) -> int:
     from janax.experiments import distill
 
-    blank = distill.Config(teacher="", student="", data=Path())
-    _check_fields(argv, ("--out", "--distributed", *_flags(blank)), "distill")
-    given = {token.partition("=")[0] for token in argv}
-    missing = [option for option in ("--teacher", "--student", "--data", "--out") if option not in given]
-    if missing and not {"-h", "--help"} & given:
-        raise UserError(f"distill needs {', '.join(missing)}; see `janax distill --help`")
+    known = ("--out", "--distributed", *_flags(distill.Config(teacher="", student="", data=Path())))
+    _needs(argv, "distill", ("--teacher", "--student", "--data", "--out"), known)
     options = _tyro(distill.Options, argv, prog="janax distill", description=distill.Options.__doc__ or "")
     _start_distributed(options.distributed)
     distill.distill(options, _console())
     return 0
+
+
+# --- design ----------------------------------------------------------------------------------------------------------------------------
+
+
+def _design(argv: list[str]) -> int:
+    from janax.experiments import design
+
+    _needs(argv, "design", ("--data", "--alphabet", "--out"), ("--out", *_flags(design.Config(data=Path(), alphabet=""))))
+    options = _tyro(design.Options, argv, prog="janax design", description=design.Options.__doc__ or "")
+    design.design(options, _console())
+    return 0
+
+
+def _needs(argv: list[str], command: str, options: Sequence[str], known: Sequence[str]) -> None:
+    """Raises UserError for options that are not there, or not known."""
+    _check_fields(argv, known, command)
+    given = {token.partition("=")[0] for token in argv}
+    missing = [option for option in options if option not in given]
+    if missing and not {"-h", "--help"} & given:
+        raise UserError(f"{command} needs {', '.join(missing)}; see `janax {command} --help`")
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from janax.experiments import config as configs
 from janax.experiments import processes
 from janax.experiments.errors import NonFiniteError, StoppedError, UserError
 
-__all__ = ["ProgressLine", "Session", "check_workdir", "is_finished", "open_session"]
+__all__ = ["ProgressLine", "Session", "check_workdir", "in_terms_of", "is_finished", "open_session"]
 
 T = TypeVar("T")
 
@@ -212,6 +212,16 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+@contextlib.contextmanager
+def in_terms_of(option: str, given: Path, workdir: Path) -> Iterator[None]:
+    """Within, errors of the run directory name the option and the directory that the user gave instead of --workdir."""
+    try:
+        yield
+    except (UserError, NonFiniteError) as error:
+        message = str(error).replace(f"--workdir {workdir}", f"{option} {given}").replace("--workdir", option)
+        raise type(error)(message) from error
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ def substitutions(tokens: ArrayLike, *, num_letters: int) -> jax.Array:
     l = check_shapes("bib.substitutions", tokens=(tokens, "l"))["l"]
     tokens = jnp.asarray(tokens, jnp.int32)
     place = jnp.repeat(jnp.arange(l), num_letters - 1)
-    letter = (tokens[place] + 1 + jnp.tile(jnp.arange(num_letters - 1), l)) % num_letters
+    letter = (tokens[place] + 1 + jnp.tile(jnp.arange(num_letters - 1, dtype=jnp.int32), l)) % num_letters
     return jnp.where(jnp.arange(l)[None] == place[:, None], letter[:, None], tokens[None])
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from janax.jaxlib_ext import logprobs
+from janax.jaxlib_ext import dtypes, logprobs
 from janax.jaxlib_ext.checks import check_shapes
 from janax.jaxlib_ext.divergence.numerics import widest
 
@@ -102,7 +102,8 @@ def best_of_n(log_prior: ArrayLike, reward: ArrayLike, *, num_samples: ArrayLike
 
 def best_of_n_bound(num_samples: ArrayLike) -> jax.Array:
     """log N - (N-1)/N [...], which KL(pi_N || pi0) does not exceed. Reference: Beirami et al., arXiv:2401.01879, Theorem 3.1."""
-    (count,) = widest(num_samples)
+    count = jnp.asarray(num_samples)
+    count = count.astype(dtypes.floor_dtype(jnp.promote_types(count.dtype, jnp.result_type(float))))
     return jnp.log(count) - (count - 1) / count
 
 

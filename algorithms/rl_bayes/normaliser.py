@@ -136,7 +136,7 @@ def update_window(state: WindowState, rewards: ArrayLike) -> WindowState:
     rewards = jax.lax.stop_gradient(dtypes.at_least_float32(rewards)).astype(state.values.dtype)
     size = state.values.shape[0]
     good = jnp.isfinite(rewards)
-    rank = jnp.cumsum(good.astype(jnp.int32))
+    rank = jnp.cumsum(good, dtype=jnp.int32)
     total = rank[-1]
     late = good & (total - rank < size)
     place = jnp.where(late, (state.place + rank - 1) % size, size)

@@ -91,8 +91,8 @@ def arrange(ancestors: ArrayLike) -> jax.Array:
     slots = jnp.arange(n, dtype=jnp.int32)
     counts = jnp.zeros(n, jnp.int32).at[ancestors].add(1)
     vacant = counts == 0
-    rank = jnp.cumsum(vacant.astype(jnp.int32)) - 1
-    surplus = jnp.cumsum(jnp.maximum(counts - 1, 0))
+    rank = jnp.cumsum(vacant, dtype=jnp.int32) - 1
+    surplus = jnp.cumsum(jnp.maximum(counts - 1, 0), dtype=jnp.int32)
     return jnp.where(vacant, jnp.searchsorted(surplus, rank, side="right").astype(jnp.int32), slots)
 
 

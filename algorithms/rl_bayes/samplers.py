@@ -178,11 +178,11 @@ def rejection_sample(
         key_propose, key_accept = jax.random.split(jax.random.fold_in(key, step))
         batch, log_w = propose_fn(key_propose)
         mask = accept(key_accept, log_w, log_c=log_c).mask
-        rank = filled + jnp.cumsum(mask.astype(jnp.int32)) - 1
+        rank = filled + jnp.cumsum(mask, dtype=jnp.int32) - 1
         place = jnp.where(mask, rank, num_samples)
         buffer = jax.tree.map(lambda whole, rows: whole.at[place].set(rows, mode="drop"), buffer, batch)
-        count = jnp.sum(mask.astype(jnp.int32))
-        above = jnp.sum((log_w > jnp.asarray(log_c).astype(log_w.dtype)).astype(jnp.int32))
+        count = jnp.sum(mask, dtype=jnp.int32)
+        above = jnp.sum(log_w > jnp.asarray(log_c).astype(log_w.dtype), dtype=jnp.int32)
         return step + 1, jnp.minimum(filled + count, num_samples), accepted + count, exceeded + above, buffer
 
     zero = jnp.zeros((), jnp.int32)

@@ -418,7 +418,7 @@ def _move(cache: Any, ancestors: jax.Array) -> Any:
     rows = ancestors.shape[0]
     size = max(1, rows // 16)
     vacant = ancestors != jnp.arange(rows, dtype=jnp.int32)
-    count = jnp.sum(vacant.astype(jnp.int32))
+    count = jnp.sum(vacant, dtype=jnp.int32)
     slots = jnp.nonzero(vacant, size=-(-rows // size) * size, fill_value=rows)[0].astype(jnp.int32)
 
     def body(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:

@@ -31,7 +31,7 @@ def table_decode_fn(space: Space, *, prompt_length: int = 1) -> sampling.DecodeF
     def fn(
         params: jax.Array, cache: sampling.Cache, tokens: ArrayLike, num_tokens: ArrayLike | None = None, prefix: Any = None
     ) -> tuple[jax.Array, sampling.Cache]:
-        tokens = jnp.asarray(tokens).astype(jnp.int32)
+        tokens, params = jnp.asarray(tokens).astype(jnp.int32), jnp.asarray(params)
         b, t = tokens.shape
         count = jnp.full(b, t, jnp.int32) if num_tokens is None else jnp.asarray(num_tokens).astype(jnp.int32)
         held = cache.k.shape[2]

@@ -176,6 +176,8 @@ def sixo_loss(
     positive, prior = widest(log_psi_positive, log_psi_prior)
     log_w = jnp.zeros_like(positive[:, 0]) if log_weights_positive is None else jnp.asarray(log_weights_positive).astype(positive.dtype)
     even = jnp.full_like(prior[:, :1], 1 / prior.shape[0])
+    positive = jnp.where(_inside(positive, num_tokens_positive), positive, jnp.zeros_like(positive))
+    prior = jnp.where(_inside(prior, num_tokens_prior), prior, jnp.zeros_like(prior))
     up = _weighted(_shares(log_w[:, None]), jax.nn.softplus(-positive), num_tokens_positive)
     return up + _weighted(even, jax.nn.softplus(prior), num_tokens_prior)
 

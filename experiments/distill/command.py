@@ -1,10 +1,8 @@
 """The run behind `janax distill`: models, training, evaluation before and after, the saved student and a short report."""
 
-import contextlib
 import dataclasses
 import shlex
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from janax.experiments import session as sessions
 from janax.experiments.distill.config import Config, Options
 from janax.experiments.distill.corpus import Batches, prepare
 from janax.experiments.distill.objective import Objective, Scores, loss_fn, score_rows
-from janax.experiments.errors import NonFiniteError, UserError
+from janax.experiments.errors import UserError
 from janax.experiments.metrics import read_rows
 from janax.experiments.session import Session
 from janax.experiments.statistics import Estimate
@@ -34,22 +32,12 @@ _NAME = "distill"
 def run(options: Options, console: Console) -> None:
     """Distils, or goes on distilling; the report goes to `console`, progress to standard error."""
     workdir = options.out / "run"
-    with _in_terms_of_out(options.out, workdir):
+    with sessions.in_terms_of("--out", options.out, workdir):
         if processes.from_main(lambda: _is_done(options, workdir, console)):
             return
         with sessions.open_session(_NAME, options.config, workdir) as session:
             record = _distill(options, session)
     processes.from_main(lambda: _show(record, options, console))
-
-
-@contextlib.contextmanager
-def _in_terms_of_out(out: Path, workdir: Path) -> Iterator[None]:
-    """Errors of the run directory name the option that the user gave."""
-    try:
-        yield
-    except (UserError, NonFiniteError) as error:
-        message = str(error).replace(f"--workdir {workdir}", f"--out {out}").replace("--workdir", "--out")
-        raise type(error)(message) from error
 
 
 def _is_done(options: Options, workdir: Path, console: Console) -> bool:

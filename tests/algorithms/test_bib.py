@@ -459,6 +459,20 @@ def test_refine_finds_the_best_neighbour_and_stops():
     assert not run.accepted[-1]
 
 
+def test_search_keeps_the_best_distinct_ones(x64):
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)))
+    score = lambda tokens: jnp.sum(jnp.take_along_axis(weights[None], tokens[..., None], axis=2), axis=(1, 2))  # noqa: E731
+    starts = np.zeros((20, 4), np.int32)
+    starts[::2] = 1
+    found = jax.jit(lambda t: bib.neighbourhood_search(score, t, num_letters=3, num_kept=20, num_rounds=4))(starts)
+    every = np.indices((3,) * 4).reshape(4, -1).T
+    order = np.argsort(-np.asarray(score(jnp.asarray(every))))
+    np.testing.assert_allclose(found.predicted[:10], np.asarray(score(jnp.asarray(every)))[order[:10]], rtol=1e-12)
+    assert len(np.unique(found.tokens, axis=0)) == 20
+    refined = bib.refine(jax.random.key(0), lambda x: jnp.sum(x * weights), starts[0], num_letters=3)
+    np.testing.assert_array_equal(refined.tokens, every[order[0]])
+
+
 def test_refine_at_a_temperature_samples_the_law():
     weights = jnp.asarray([[0.0, 1.0], [0.5, 0.0]], jnp.float32)
     score = lambda x: jnp.sum(x * weights) + x[0, 1] * x[1, 1]  # noqa: E731

@@ -20,9 +20,26 @@ SIZES = [
 
 
 @functools.cache
+def maker(i):
+    return jax.jit(functools.partial(ehrlich.random_instance, **SIZES[i]))
+
+
+@functools.cache
 def problem(i, seed=0):
     with jax.enable_x64(False):
-        return jax.jit(functools.partial(ehrlich.random_instance, **SIZES[i]))(jax.random.key(seed))
+        return maker(i)(jax.random.key(seed))
+
+
+@jax.jit
+@functools.partial(jax.vmap, in_axes=(None, 0))
+def every(instance, tokens):
+    return (
+        ehrlich.certify(instance, tokens),
+        ehrlich.value(instance, tokens),
+        ehrlich.motif_quality(instance, tokens),
+        ehrlich.is_feasible(instance, tokens),
+        ehrlich.value(instance, tokens, infeasible_value=-jnp.inf),
+    )
 
 
 def parts(instance):
@@ -33,10 +50,15 @@ def population(i, count=40):
     """Feasible ones, uniform ones, and the optimum with up to three letters changed."""
     instance, length, v = problem(i), SIZES[i]["length"], SIZES[i]["num_letters"]
     key = jax.random.key(1)
-    sample = functools.partial(ehrlich.sample_feasible, problem=instance, length=length)
-    paths = jax.jit(jax.vmap(sample))(jax.random.split(key, count))
+
+    @jax.jit
+    def draw(keys):
+        sample = functools.partial(ehrlich.sample_feasible, problem=instance, length=length)
+        return jax.vmap(sample)(keys), ehrlich.optimal_sequence(instance, length=length)
+
+    paths, best = draw(jax.random.split(key, count))
     rng = np.random.default_rng(0)
-    near = np.tile(np.asarray(ehrlich.optimal_sequence(instance, length=length)), (count, 1))
+    near = np.tile(np.asarray(best), (count, 1))
     for row, times in zip(near, rng.integers(0, 4, count)):
         row[rng.integers(0, length, times)] = rng.integers(0, v, times)
     return np.concatenate([paths, rng.integers(0, v, (count, length)), near]).astype(np.int32)
@@ -47,18 +69,16 @@ def test_values(i):
     instance, tokens = problem(i), population(i)
     transition, motifs, gaps = parts(instance)
     q, e = int(instance.quantization), SIZES[i].get("epistasis", 0)
-    got = jax.jit(jax.vmap(ehrlich.certify, in_axes=(None, 0)))(instance, tokens)
+    got, values, quality, allowed, outside = every(instance, tokens)
     wanted = [float(reference.value(transition, motifs, gaps, row.tolist(), q, e)) for row in tokens]
     np.testing.assert_allclose(got.value, wanted, rtol=3e-6, atol=1e-12)
     assert len(set(wanted)) > 1 and max(wanted) == 1
     feasible = [reference.feasible(transition, row.tolist()) for row in tokens]
     np.testing.assert_array_equal(got.feasible, feasible)
     assert np.all(got.feasible[:40])  # what the chain emits
-    one = tokens[-1]
-    np.testing.assert_allclose(ehrlich.value(instance, one), got.value[-1], rtol=1e-6)
-    np.testing.assert_array_equal(ehrlich.motif_quality(instance, one), got.quality[-1])
-    assert ehrlich.is_feasible(instance, one) == feasible[-1]
-    outside = np.asarray(jax.vmap(lambda row: ehrlich.value(instance, row, infeasible_value=-jnp.inf))(tokens))
+    np.testing.assert_array_equal(values, got.value)
+    np.testing.assert_array_equal(quality, got.quality)
+    np.testing.assert_array_equal(allowed, feasible)
     np.testing.assert_array_equal(np.isneginf(outside), ~np.asarray(feasible))
 
 
@@ -75,8 +95,14 @@ def test_random_instances_have_an_optimum(i):
     assert np.all((allowed == width) | (allowed == width + 1))
     assert np.all(batch.offsets[..., 0] == 0) and np.all(np.diff(batch.offsets, axis=-1) >= 1)
     assert np.all((batch.offsets[..., -1] + 1).sum(-1) <= size["length"])
-    best = jax.vmap(functools.partial(ehrlich.optimal_sequence, length=size["length"]))(batch)
-    proof = jax.vmap(ehrlich.certify)(batch, best)
+
+    @jax.jit
+    @jax.vmap
+    def prove(instance):
+        tokens = ehrlich.optimal_sequence(instance, length=size["length"])
+        return tokens, ehrlich.certify(instance, tokens)
+
+    best, proof = prove(batch)
     np.testing.assert_array_equal(proof.value, ehrlich.OPTIMUM)
     assert np.all(proof.feasible) and np.all(proof.quality == 1)
     for instance, tokens, positions in zip(range(40), np.asarray(best), np.asarray(proof.positions)):
@@ -88,20 +114,21 @@ def test_by_hand():
     """v = 3, 2 -> 0 banned; the motif 0 1 2 with gaps 1 and 2."""
     transition = np.array([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.0, 0.5, 0.5]])
     instance = ehrlich.instance(transition, np.array([[0, 1, 2]]), np.array([[1, 2]]))
+    value = jax.jit(ehrlich.value)
     for tokens, wanted in (([0, 1, 1, 2], 1), ([0, 1, 1, 1, 2], 2 / 3), ([2, 0, 1, 1, 2], 0), ([1, 1, 1, 1], 1 / 3), ([0, 1, 1], 0)):
-        np.testing.assert_allclose(ehrlich.value(instance, jnp.array(tokens)), wanted, rtol=1e-6)
+        np.testing.assert_allclose(value(instance, jnp.array(tokens)), wanted, rtol=1e-6)
     assert ehrlich.certify(instance, jnp.array([0, 1, 1])).positions == -1  # the motif needs four places
     np.testing.assert_array_equal(ehrlich.optimal_sequence(instance, length=6), [0, 1, 1, 2, 2, 2])
     coarse = instance._replace(quantization=jnp.int32(1), epistasis=jnp.float32(1))
-    assert ehrlich.value(coarse, jnp.array([0, 1, 1, 1])) == 0
+    assert value(coarse, jnp.array([0, 1, 1, 1])) == 0
     bent = instance._replace(epistasis=jnp.float32(1.5))
-    np.testing.assert_allclose(ehrlich.value(bent, jnp.array([0, 1, 1, 1])), 2 / 3 * (1 - 1.5 * 2 / 9), rtol=1e-6)
+    np.testing.assert_allclose(value(bent, jnp.array([0, 1, 1, 1])), 2 / 3 * (1 - 1.5 * 2 / 9), rtol=1e-6)
 
 
 def test_the_chain(x64):
     transition = np.asarray(problem(0).transition, np.float64)
     transition /= transition.sum(1, keepdims=True)
-    pi = ehrlich.stationary_distribution(transition)
+    pi = jax.jit(ehrlich.stationary_distribution)(transition)
     np.testing.assert_allclose(pi @ transition, pi, atol=1e-14)
     instance = problem(0)._replace(transition=jnp.asarray(transition), epistasis=jnp.float64(0))
     path = jax.jit(functools.partial(ehrlich.sample_feasible, length=20000))(jax.random.key(0), instance)
@@ -118,10 +145,10 @@ def test_the_relaxation(x64):
     x = rng.dirichlet(np.ones(4), 5)
     short = instance._replace(motifs=instance.motifs[:, :1], offsets=instance.offsets[:, :1])  # one letter: h = its largest probability
     wanted = reference.feasible_mass(np.asarray(instance.transition), x) * np.prod([x[:, int(m)].max() for m in short.motifs[:, 0]])
-    np.testing.assert_allclose(ehrlich.relaxed_value(short, x), wanted, rtol=1e-12)
+    np.testing.assert_allclose(jax.jit(ehrlich.relaxed_value)(short, x), wanted, rtol=1e-12)
     tokens = population(0)
     relaxed = jax.jit(jax.vmap(ehrlich.relaxed_value, in_axes=(None, 0)))(instance, jax.nn.one_hot(tokens, 4, dtype=jnp.float64))
-    np.testing.assert_allclose(relaxed, jax.vmap(ehrlich.value, in_axes=(None, 0))(instance, tokens), rtol=1e-12)
+    np.testing.assert_allclose(relaxed, every(instance, tokens)[1], rtol=1e-12)
     rows, direction = rng.dirichlet(np.ones(4), 12), rng.normal(size=(12, 4))
     f = jax.jit(jax.value_and_grad(ehrlich.relaxed_value, argnums=1))
     slope = (f(instance, rows + 1e-6 * direction)[0] - f(instance, rows - 1e-6 * direction)[0]) / 2e-6
@@ -140,12 +167,16 @@ def test_one_trace_for_all_instances():
 
 
 def test_strict_promotion(strict):
-    instance = ehrlich.random_instance(jax.random.key(0), **SIZES[3])
-    tokens = ehrlich.sample_feasible(jax.random.key(1), instance, length=64)
-    assert ehrlich.value(instance, tokens).dtype == jnp.float32
-    assert ehrlich.relaxed_value(instance, jax.nn.one_hot(tokens, 32, dtype=jnp.bfloat16)).dtype == jnp.float32
+    @jax.jit
+    def run(key):
+        key_instance, key_path = jax.random.split(key)
+        instance = ehrlich.random_instance(key_instance, **SIZES[3])
+        tokens = ehrlich.sample_feasible(key_path, instance, length=64)
+        rows = jax.nn.one_hot(tokens, 32, dtype=jnp.bfloat16)
+        return ehrlich.value(instance, tokens), ehrlich.relaxed_value(instance, rows)
+
     with jax.debug_key_reuse(True):
-        ehrlich.random_instance(jax.random.key(0), **SIZES[0])
+        assert all(value.dtype == jnp.float32 for value in run(jax.random.key(0)))
 
 
 @pytest.mark.parametrize(

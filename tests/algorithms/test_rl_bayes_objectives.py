@@ -239,7 +239,7 @@ def slopes_of_batches(x, log_q, directions, kind, baseline):
     """[runs d] estimates of the gradient of D_f along directions [x d], from batches x [runs n]."""
 
     def one(x):
-        loss = lambda pi: rl_bayes.fdpg_loss(pi, (PRIOR + PHI)[x], log_q[x], log_z=LOG_Z, divergence=kind, baseline=baseline)[0]  # noqa: E731
+        loss = lambda pi: rl_bayes.fdpg_loss(pi, jnp.asarray(PRIOR + PHI)[x], log_q[x], log_z=LOG_Z, divergence=kind, baseline=baseline)[0]  # noqa: E731
         return jax.grad(loss)(jnp.asarray(POLICY)[x]) @ directions[x]
 
     return jax.lax.map(one, x, batch_size=500)
@@ -533,7 +533,7 @@ def objectives(log_z, beta, learned):
 def test_many_trainings_in_one_call():
     """Eight objectives by three seeds, objective and hyperparameters traced: one program, compiled once."""
     rng = np.random.default_rng(9)
-    logits, phi = (rng.normal(size=shape).astype(np.float32) for shape in ((13, 3), (27,)))
+    logits, phi = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((13, 3), (27,)))
     prior_rows = rl_bayes.log_rows(SMALL, logits)
     log_prior = rl_bayes.sequence_log_probs(SMALL, prior_rows)
     p = rl_bayes.posterior(log_prior, phi)
@@ -563,6 +563,7 @@ def test_many_trainings_in_one_call():
         kl, entropy, log_z, info = grid(jnp.arange(8), jnp.arange(3), rates, jnp.asarray(beta))
     start = rl_bayes.kl_divergence(p.log_probs, log_prior)
     distribution_matching = [i for i in range(8) if i != 5]
+    kl, entropy, log_z = (np.asarray(x) for x in (kl, entropy, log_z))
     assert np.all(np.mean(kl, 1)[distribution_matching] < 0.35 * start), (kl, start)
     assert np.all(entropy[5] < 0.5 * rl_bayes.entropy(p.log_probs))  # T10: plain RL collapses
     assert np.all(np.abs(log_z[[0, 3, 4]] - p.log_z) < 0.1)

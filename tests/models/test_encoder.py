@@ -195,7 +195,7 @@ def _row_slope(config, params, rows, segment_ids, direction):
     def value(size):
         return jnp.sum(jnp.sin(encoder.hidden(config, params, rows + size * direction, segment_ids)))
 
-    return jax.grad(value)(0.0), (value(1e-2) - value(-1e-2)) / 2e-2
+    return jax.grad(value)(0.0), (value(1e-3) - value(-1e-3)) / 2e-3
 
 
 @pytest.mark.parametrize("family", ["bert", "esm2"])
@@ -204,7 +204,7 @@ def test_gradient_in_rows_agrees_with_finite_differences(family):
     rng = np.random.default_rng(0)
     rows, direction = rng.dirichlet(np.ones(40), (4, 12)).astype(np.float32), rng.standard_normal((4, 12, 40), np.float32)
     slope, difference = _row_slope(config, params, rows, data["attention_mask"], direction)
-    np.testing.assert_allclose(slope, difference, rtol=2e-2, atol=2e-2)  # 1536 terms, rounding 1e-6 of their sum / 2e-2, plus O(step^2)
+    np.testing.assert_allclose(slope, difference, rtol=1e-2, atol=5e-2)  # 1536 terms, rounding 1e-4 of their sum / 2e-3, plus O(step^2)
 
 
 def test_initial_parameters():
