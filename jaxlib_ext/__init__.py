@@ -9,6 +9,7 @@ __all__ = [
     "dtypes",
     "fused",
     "kernels",
+    "kmers",
     "logprobs",
     "masking",
     "ntk",

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from janax.jaxlib_ext import checks, dtypes, masking, sharding
+from janax.jaxlib_ext import checks, dtypes, kmers, masking, sharding
 from janax.models import encoder, loading, presets
 
 __all__ = [
@@ -55,7 +55,6 @@ __all__ = [
     "regression_loss",
     "reverse_complement",
     "save",
-    "soft_kmers",
     "tokenize",
 ]
 
@@ -316,31 +315,6 @@ def encode(alphabet: Alphabet, texts: Sequence[str]) -> tuple[np.ndarray, np.nda
     return letters, lengths
 
 
-def soft_kmers(rows: ArrayLike, *, k: int) -> jax.Array:
-    """Probabilities of runs of k letters that are drawn independently: s[l, (i, j, ..)] = p[l, i] p[l + 1, j] ...
-
-    Args:
-      rows: [... l v] probabilities of letters.
-      k: Letters of a run. Static.
-
-    Returns:
-      [... l-k+1 v^k]; runs by their base-v number, first letter highest.
-
-    Raises:
-      ValueError: if there are fewer than k places.
-
-    Reference: arXiv:2301.02931, DNA.
-    """
-    rows = jnp.asarray(rows)
-    length = rows.shape[-2] - k + 1 if rows.ndim > 1 else 0
-    if k < 1 or length < 1:
-        raise ValueError(f"soft_kmers: 'rows' has shape {rows.shape}, expected [... l v] with l of at least k={k}")
-    found = rows[..., :length, :]
-    for j in range(1, k):
-        found = (found[..., :, None] * rows[..., j : j + length, None, :]).reshape(*found.shape[:-1], -1)
-    return found
-
-
 def tokenize(alphabet: Alphabet, x: ArrayLike, lengths: ArrayLike | None = None) -> Tokens:
     """What a network reads of sequences.
 
@@ -391,7 +365,7 @@ def _words(function: str, alphabet: Alphabet, x: ArrayLike) -> jax.Array:
         raise ValueError(
             f"{function}: 'x' has dtype {x.dtype} and shape {x.shape}, expected integers [b l] or floating rows of probabilities {rows}"
         )
-    rows = soft_kmers(x, k=k) if x.shape[2] == v else x
+    rows = kmers.soft_kmers(x, k=k) if x.shape[2] == v else x
     places = np.zeros((v**k, alphabet.vocab_size))
     places[np.arange(v**k), alphabet.ids] = 1
     return jnp.einsum("btw,wv->btv", rows, jnp.asarray(places, rows.dtype), precision=jax.lax.Precision.HIGHEST)

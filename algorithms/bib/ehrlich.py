@@ -11,10 +11,11 @@ at given distances, anywhere and in any order; the value counts how much of each
     ehrlich.value(problem, ehrlich.optimal_sequence(problem, length=32))          # 1, the maximum
 
 Everything is data: `vmap` over sequences, keys or whole instances. The product makes f zero wherever one motif has less than 1/q of its letters, and
-a good part of all single mutations leaves the feasible set, so that first-order models see little: that is the point of the benchmark.
+a good part of all single mutations leaves the feasible set, so that first-order models see little: that is the point of the benchmark. `score` and
+`relaxed_value` are proxies for `baselines` and its like.
 
-Where paper and official code (pytorch-holo 0.0.5) differ: an infeasible sequence is worth 0 as a design and -inf in the code (`infeasible_value`).
-If q does not divide k the code's steps do not reach 1, whence its optimum is below 1; here they do, and where q divides k both agree.
+Against the official code (pytorch-holo 0.0.5): an infeasible sequence is worth 0 here and -inf there (`infeasible_value`). If q does not divide k
+the code's steps do not reach 1, so that its optimum is below 1; here they do. Where q divides k, the values are the same.
 """
 
 from typing import NamedTuple
@@ -38,6 +39,7 @@ __all__ = [
     "random_instance",
     "relaxed_value",
     "sample_feasible",
+    "score",
     "stationary_distribution",
     "value",
 ]
@@ -141,6 +143,7 @@ def random_instance(
     epistasis: ArrayLike = 0.0,
     bandwidth: int | None = None,
     temperature: ArrayLike = 0.5,
+    motif_repeats: bool = True,
 ) -> Ehrlich:
     """A random instance of which `optimal_sequence` is a feasible optimum.
 
@@ -159,6 +162,8 @@ def random_instance(
       epistasis: [] e. Traced.
       bandwidth: Half-width of the band; None is floor(0.4 v), which bans about a fifth of the transitions (none for v = 3 and 5). Static.
       temperature: [] of the softmax; small values make the chain's favourites stronger. Traced.
+      motif_repeats: Whether a letter may follow itself in the motifs, as in the official code. With few letters such instances can be trivial (a
+        letter that hardly ever changes makes 0 0 0 0 of all motifs); False draws each motif letter among the others. Static.
 
     Returns:
       `Ehrlich` in the default float dtype.
@@ -193,7 +198,9 @@ def random_instance(
     transition = jax.nn.softmax(jnp.where(allowed, normal / jnp.asarray(temperature).astype(normal.dtype), -jnp.inf), axis=1)
     transition = jnp.where(allowed, jnp.maximum(transition, jnp.finfo(normal.dtype).tiny), 0)  # what underflows is not banned
 
-    motifs = _chain(key_motifs, transition, num_motifs * motif_length).reshape(num_motifs, motif_length)
+    moves = transition if motif_repeats else jnp.where(jnp.asarray(np.eye(num_letters, dtype=bool)), 0, transition)
+    pi = stationary_distribution(transition)
+    motifs = _chain(key_motifs, pi, moves, num_motifs * motif_length).reshape(num_motifs, motif_length)
     slack = (length - num_motifs * motif_length) // num_motifs
     weights = jax.random.uniform(key_gaps, (num_motifs, motif_length - 1), minval=1e-6)
     extra = jnp.floor(slack * (weights / jnp.sum(weights, axis=1, keepdims=True))).astype(jnp.int32)
@@ -229,10 +236,9 @@ def stationary_distribution(transition: ArrayLike) -> jax.Array:
     return solution / jnp.sum(solution)
 
 
-def _chain(key: jax.Array, transition: jax.Array, length: int) -> jax.Array:
-    """[length] letters of the stationary chain."""
+def _chain(key: jax.Array, pi: jax.Array, transition: jax.Array, length: int) -> jax.Array:
+    """[length] letters of the chain that starts from pi [v]; rows of the transition matrix need not be normalised."""
     log_p = jnp.where(transition > 0, jnp.log(jnp.where(transition > 0, transition, 1)), -jnp.inf)
-    pi = stationary_distribution(transition)
     key_first, key_rest = jax.random.split(key)
     first = jax.random.categorical(key_first, jnp.log(pi)).astype(jnp.int32)
 
@@ -263,7 +269,7 @@ def sample_feasible(key: jax.Array, problem: Ehrlich, *, length: int) -> jax.Arr
     _check("ehrlich.sample_feasible", problem)
     if length < 1:
         raise ValueError(f"ehrlich.sample_feasible: 'length' is {length}, expected at least 1")
-    return _chain(key, problem.transition, length)
+    return _chain(key, stationary_distribution(problem.transition), problem.transition, length)
 
 
 # --- the oracle
@@ -394,6 +400,12 @@ def optimal_sequence(problem: Ehrlich, *, length: int) -> jax.Array:
     anchors = (jnp.cumsum(spans, dtype=jnp.int32) - spans)[:, None] + problem.offsets  # increasing from motif to motif
     holder = jnp.searchsorted(anchors.reshape(-1), jnp.arange(length, dtype=jnp.int32), side="right") - 1
     return problem.motifs.reshape(-1)[holder]
+
+
+def score(problem: Ehrlich, x: ArrayLike) -> jax.Array:
+    """The value of the largest letter of each row x [l v]: the oracle as a `score_fn(params, x)`, params = problem; its gradient is 0."""
+    checks.check_shapes("ehrlich.score", transition=(problem.transition, "v v"), x=(x, "l v"))
+    return value(problem, jnp.argmax(jnp.asarray(x), axis=-1))
 
 
 def relaxed_value(problem: Ehrlich, x: ArrayLike) -> jax.Array:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from janax.jaxlib_ext import dtypes
+from janax.jaxlib_ext import dtypes, kmers
 from janax.jaxlib_ext.checks import check_shapes, one_of, require_integers
 
 __all__ = [
@@ -14,7 +14,6 @@ __all__ = [
     "LogOdds",
     "from_log_odds",
     "init_logits",
-    "kmers",
     "log_odds",
     "log_odds_scale",
     "read_out",
@@ -58,32 +57,8 @@ def relax_tokens(z: ArrayLike, *, relaxation: str = "straight_through") -> jax.A
     return straight_through(p) if relaxation == "straight_through" else p
 
 
-def kmers(p: ArrayLike, *, k: int = 3) -> jax.Array:
-    """Probabilities of overlapping k-mers of independent letters: s[i, (a, b, c)] = p[i, a] p[i+1, b] p[i+2, c].
-
-    Args:
-      p: [... l v] rows of letters.
-      k: Letters in a k-mer. Static.
-
-    Returns:
-      [... l-k+1 v^k]; the k-mer (a, b, c) is number a v^2 + b v + c.
-
-    Raises:
-      ValueError: if k is below one or above l.
-    """
-    p = dtypes.at_least_float32(p)
-    l, v = check_shapes("bib.kmers", p=(p, "... l v")).values()
-    if not 1 <= k <= l:
-        raise ValueError(f"bib.kmers: 'k' is {k}, expected between 1 and the {l} letters of a sequence")
-    count = l - k + 1
-    rows = p[..., :count, :]
-    for i in range(1, k):
-        rows = (rows[..., :, None] * p[..., i : i + count, None, :]).reshape(*rows.shape[:-1], rows.shape[-1] * v)
-    return rows
-
-
 def relax_kmers(z: ArrayLike, *, k: int = 3, relaxation: str = "straight_through") -> jax.Array:
-    """Rows of k-mers that a network reads: s = kmers(softmax(z)), onehot(argmax s) forward, the derivative of s.
+    """Rows of k-mers that a network reads: s = soft_kmers(softmax(z)), onehot(argmax s) forward, the derivative of s.
 
     The k-mers of the argmax are those of the letters' argmax, because s is a product.
 
@@ -101,7 +76,7 @@ def relax_kmers(z: ArrayLike, *, k: int = 3, relaxation: str = "straight_through
     Reference: arXiv:2301.02931, official code (DNA).
     """
     one_of("bib.relax_kmers", "relaxation", relaxation, RELAXATIONS)
-    s = kmers(jax.nn.softmax(dtypes.at_least_float32(z), axis=-1), k=k)
+    s = kmers.soft_kmers(jax.nn.softmax(dtypes.at_least_float32(z), axis=-1), k=k)
     return straight_through(s) if relaxation == "straight_through" else s
 
 

@@ -86,6 +86,7 @@ def _draw(config: EhrlichConfig, key: jax.Array) -> _Data:
         length=config.length,
         num_motifs=config.num_motifs,
         motif_length=config.motif_length,
+        motif_repeats=False,  # with few letters, repeats make motifs that a constant sequence satisfies
     )
     rows = jax.vmap(lambda key: ehrlich.sample_feasible(key, problem, length=config.length))(jax.random.split(key_rows, config.num_rows))
     changed = baselines.mutate(key_places, rows, 3 / config.length, num_letters=config.num_letters)

@@ -13,9 +13,7 @@ from janax.experiments.bib.config import Config
 from janax.experiments.session import Session
 from janax.jaxlib_ext import ntk
 
-__all__ = ["MODES", "study"]
-
-MODES = ("both", "forward", "backward")
+__all__ = ["study"]
 
 
 def study(config: Config, session: Session) -> dict[str, Any]:
@@ -41,7 +39,7 @@ def _study(config: Config, session: Session) -> dict[str, Any]:
     residual = float(jax.jit(bib.bdi_residual)(fit))
     starts = tasks.starts(offline, settings.num_designs)
     found: dict[str, Any] = {"residual": residual, "dual": "published" if published else "solved here", "rows": len(y)}
-    for mode in session.track(MODES, "BDI"):
+    for mode in session.track(settings.modes, "BDI"):
 
         @jax.jit
         def run(x: jax.Array, fit: bib.BdiFit, mode: str = mode) -> jax.Array:

@@ -14,7 +14,7 @@ from janax.experiments.bib.config import Config, MethodsConfig
 from janax.experiments.session import Session
 from janax.models import sequence
 
-__all__ = ["BEST", "VARIANTS", "Fitted", "encoder", "features_of", "fit", "plain", "refined", "study", "walk"]
+__all__ = ["BEST", "REFINED_FROM", "VARIANTS", "Fitted", "encoder", "features_of", "fit", "plain", "refined", "study", "walk"]
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "forward": {"mode": "forward"},
@@ -26,6 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "Adaptive-gamma, through Adam": {"gamma_rule": "adam"},
 }
 BEST = "refined, 128 distinct"
+REFINED_FROM = "Adaptive-gamma + Adaptive-eta"
 _REPORTED = ("max", "median", "mean", "distinct", "from_start", "unmoved", "known")
 
 
@@ -124,15 +125,27 @@ def refined(config: MethodsConfig, trained: pretraining.Trained, *, both_strands
     return search
 
 
+class _Programs:
+    """Compiled once for all splits."""
+
+    def __init__(self, config: Config, trained: pretraining.Trained):
+        self._config, self._trained, self._strands = config.methods, trained, config.encoder.both_strands
+        self.search = jax.jit(refined(config.methods, trained, both_strands=self._strands))
+
+    @functools.cache  # noqa: B019 - as long as the study
+    def walk(self, variant: str) -> Any:
+        return jax.jit(walk(self._config, features_of(self._trained, both_strands=self._strands), variant))
+
+
 def study(config: Config, session: Session) -> dict[str, Any]:
     """Reports by task, variant and seed: name of task -> variant -> list of report dictionaries; "encoder" -> its validation figures."""
     trained = encoder(config, session)
-    found: dict[str, Any] = {"encoder": trained.info, "quality": {}, "tasks": {}, "paths": {}}
+    found: dict[str, Any] = {"encoder": trained.info, "quality": {}, "tasks": {}}
     with jax.enable_x64(True):
+        programs = _Programs(config, trained)
         for split in config.methods.splits:
-            found["tasks"] |= session.memo(f"methods-{split}", functools.partial(_split, config, session, trained, split), alone=True)[
-                "tasks"
-            ]
+            compute = functools.partial(_split, config, session, trained, programs, split)
+            found["tasks"] |= session.memo(f"methods-{split}", compute, alone=True)
             found["quality"][split] = session.memo(f"quality-{split}", functools.partial(_quality, config, trained, split), alone=True)
     return found
 
@@ -143,34 +156,31 @@ def _quality(config: Config, trained: pretraining.Trained, split: str) -> dict[s
     return pretraining.ridge_quality(phi, offline, oracle, rel_ridge=config.methods.rel_ridge)
 
 
-def _split(config: Config, session: Session, trained: pretraining.Trained, split: str) -> dict[str, Any]:
-    methods, strands = config.methods, config.encoder.both_strands
+def _split(config: Config, session: Session, trained: pretraining.Trained, programs: _Programs, split: str) -> dict[str, Any]:
+    methods = config.methods
     problems = {factor: tasks.tfbind8(factor, split) for factor in (tasks.FACTORS if methods.others else tasks.FACTORS[:1])}
     fitted = {}
     for factor, (offline, _) in problems.items():
-        phi = pretraining.all_features(trained, offline.tokens, both_strands=strands)
-        fitted[factor] = fit(
-            phi, offline, num_seeds=methods.num_seeds, num_designs=methods.num_designs, rel_ridge=methods.rel_ridge
-        )  # fmt: skip
-    features = features_of(trained, both_strands=strands)
+        phi = pretraining.all_features(trained, offline.tokens, both_strands=config.encoder.both_strands)
+        sizes = {"num_seeds": methods.num_seeds, "num_designs": methods.num_designs}
+        fitted[factor] = fit(phi, offline, **sizes, rel_ridge=methods.rel_ridge)
     keys = jax.vmap(jax.random.key)(np.arange(methods.num_seeds))
     reports: dict[str, dict[str, Any]] = {f"{factor}/{split}": {} for factor in problems}
-    search = jax.jit(refined(methods, trained, both_strands=strands))
-    for variant in session.track(methods.variants, f"BIB, {split}"):
+    variants = (*methods.variants, *(methods.hard_variants if split == "lowest5000" else ()))
+    refined_from = REFINED_FROM if REFINED_FROM in variants else variants[-1]
+    for variant in session.track(variants, f"BIB, {split}"):
         factors = list(problems) if variant in methods.others else [tasks.FACTORS[0]]
-        run = jax.jit(walk(methods, features, variant))
-        designs, paths, info = run(trained.params, plain([fitted[factor] for factor in factors]), keys)
+        designs, paths, info = programs.walk(variant)(trained.params, plain([fitted[factor] for factor in factors]), keys)
         for i, factor in enumerate(factors):
-            offline, oracle = problems[factor]
-            into = reports[f"{factor}/{split}"]
-            into[variant] = [_report(offline, oracle, d, fitted[factor].starts) for d in np.asarray(designs[i])]
+            (offline, oracle), into, starts = problems[factor], reports[f"{factor}/{split}"], fitted[factor].starts
+            into[variant] = [_report(offline, oracle, batch, starts) for batch in np.asarray(designs[i])]
             into[variant][0]["curves"] = _curves(offline, oracle, np.asarray(paths[i, 0]), info, i)
-            if variant == methods.variants[-1] or variant == "Adaptive-gamma + Adaptive-eta":
-                visited = np.asarray(paths[i]).reshape(methods.num_seeds, -1, designs.shape[-1])
-                best = [search(trained.params, fitted[factor].proxy, v)[0] for v in visited]
-                into[BEST] = [_report(offline, oracle, np.asarray(d), fitted[factor].starts) for d in best]
-                into[BEST][0]["designs"] = np.asarray(best[0]).tolist()
-    return {"tasks": reports}
+            if variant == refined_from:
+                visited = paths[i].reshape(methods.num_seeds, -1, designs.shape[-1])
+                best = [np.asarray(programs.search(trained.params, fitted[factor].proxy, one)[0]) for one in visited]
+                into[BEST] = [_report(offline, oracle, batch, starts) for batch in best]
+                into[BEST][0]["designs"] = best[0].tolist()
+    return reports
 
 
 def _report(offline: tasks.Offline, oracle: tasks.Oracle, designs: np.ndarray, starts: Any) -> dict[str, Any]:

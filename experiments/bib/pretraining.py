@@ -1,4 +1,4 @@
-"""Encoders of DNA and proteins trained here: on the binding tables of other proteins, on bound or measured sequences with masks, or on both.
+"""Encoders of DNA and proteins trained here: on the binding tables of other proteins, or on sequences with masks.
 
     trained = pretraining.dna(0, without=("SIX6_REF_R1",))                            # two minutes on two CPU cores
     phi = pretraining.all_features(trained, tasks.all_sequences(8))                    # [65536 64] float64
@@ -56,7 +56,7 @@ _ENCODER_SCALE = 0.02  # of encoder.init
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What is minimised: regression * (squared error) + masked * (cross-entropy in nats).
+    """What is minimised: regression * (squared error) + masked * (cross-entropy in nats), both on the same sequences.
 
     Attributes:
       regression: Weight of the tables' squared error, in units of their variance.
@@ -273,7 +273,8 @@ def dna(
     """An encoder of 8-mers, trained on what other proteins bind.
 
     With a regression in the objective: all 8-mers, whose E-scores for every table are standardised over the training pairs. With masks only: the
-    8-mers that one of the proteins binds. Both strands are shown, each as a sequence of its own.
+    8-mers that one of the proteins binds, for in all 8-mers together every letter is equally likely. Both strands are shown, each as a sequence of
+    its own.
 
     Args:
       seed: Decides on split, parameters and batches.
@@ -281,7 +282,7 @@ def dna(
       model: Network and tokens.
       objective: What is minimised.
       recipe: None is that of the regression, or of masks: batch 256, 2,500 steps.
-      held_out: Pairs kept for validation, a tenth of them at most for masks only.
+      held_out: Pairs kept for validation, a tenth of them at most.
       session: Shows progress.
 
     Returns:
@@ -295,7 +296,7 @@ def dna(
         recipe = Recipe() if regress else Recipe(num_steps=2500, batch_size=256)
     pairs = panel.pairs if regress else bound_sequences(panel)
     order = np.random.default_rng((seed, 0)).permutation(len(pairs))
-    held_out = held_out if regress else min(held_out, len(pairs) // 10)
+    held_out = min(held_out, len(pairs) // 10)
     parts = {"validation": order[:held_out], "training": order[held_out:]}
     scores = panel.scores
     mean, deviation = scores[parts["training"]].mean(axis=0), scores[parts["training"]].std(axis=0)

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from janax.algorithms import bib
 from janax.experiments.bib import pretraining, tasks
 from janax.experiments.design.config import Config
 from janax.experiments.design.table import Table
@@ -147,7 +146,6 @@ def _small(letters: str, longest: int) -> sequence.SequenceModel:
 
 def _network(name: str, model: sequence.SequenceModel, params: Any) -> Features:
     def apply(params: Any, rows: jax.Array, length: jax.Array) -> jax.Array:
-        x = bib.kmers(rows, k=model.alphabet.k) if model.alphabet.k > 1 else rows
-        return sequence.features(model, params, x, length)
+        return sequence.features(model, params, rows, length)
 
     return Features(name, params, apply)

@@ -10,7 +10,7 @@ import pytest
 from reference import bib as reference
 
 from janax.algorithms import bib
-from janax.jaxlib_ext import sharding
+from janax.jaxlib_ext import kmers, sharding
 
 LENGTH, LETTERS, WIDTH, ROWS = 4, 3, 6, 25
 
@@ -350,7 +350,7 @@ def test_straight_through(x64):
 def test_kmers(x64):
     z = np.random.default_rng(0).normal(size=(5, 4))
     p = reference.softmax(z)
-    s = bib.kmers(p, k=3)
+    s = kmers.soft_kmers(p, k=3)
     assert s.shape == (3, 64)
     for i in range(3):
         np.testing.assert_allclose(s[i].reshape(4, 4, 4), np.einsum("a,b,c->abc", *p[i : i + 3]), rtol=1e-12)
@@ -523,7 +523,7 @@ def test_errors():
         ),
         ("'eta_rule' is 'best', expected one of", lambda: bib.step(state, features, objectives, eta_rule="best")),
         ("'num_steps' must be at least 1", lambda: bib.design(state.z, features, objectives, num_steps=0)),
-        ("'k' is 5, expected between 1 and the 4 letters", lambda: bib.kmers(np.ones((4, 3)), k=5)),
+        ("with l of at least k=5", lambda: kmers.soft_kmers(np.ones((4, 3)), k=5)),
         ("'scores' has 1 entries", lambda: bib.standardise(np.ones(1))),
         ("'num_heads' must be at least 1", lambda: bib.fit_heads(jax.random.key(0), toy.phi, scores, num_heads=0)),
         ("expected integers", lambda: bib.init_logits(jax.random.key(0), np.zeros(3), num_letters=4)),

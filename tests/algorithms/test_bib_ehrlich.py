@@ -1,6 +1,7 @@
 """Ehrlich functions beside exact fractions: values, certificates, the guarantees of random instances."""
 
 import functools
+from pathlib import Path
 
 import chex
 import jax
@@ -9,10 +10,10 @@ import numpy as np
 import pytest
 from reference import ehrlich as reference
 
-from janax.algorithms.bib import ehrlich
+from janax.algorithms.bib import baselines, ehrlich
 
 SIZES = [
-    {"num_letters": 4, "length": 12, "num_motifs": 2, "motif_length": 4},
+    {"num_letters": 4, "length": 12, "num_motifs": 2, "motif_length": 4, "motif_repeats": False},
     {"num_letters": 20, "length": 15, "num_motifs": 3, "motif_length": 5, "quantization": 2},  # no slack, 2 does not divide 5
     {"num_letters": 3, "length": 7, "num_motifs": 7, "motif_length": 1},
     {"num_letters": 32, "length": 64, "num_motifs": 4, "motif_length": 4, "quantization": 2, "epistasis": 0.5},
@@ -33,13 +34,7 @@ def problem(i, seed=0):
 @jax.jit
 @functools.partial(jax.vmap, in_axes=(None, 0))
 def every(instance, tokens):
-    return (
-        ehrlich.certify(instance, tokens),
-        ehrlich.value(instance, tokens),
-        ehrlich.motif_quality(instance, tokens),
-        ehrlich.is_feasible(instance, tokens),
-        ehrlich.value(instance, tokens, infeasible_value=-jnp.inf),
-    )
+    return ehrlich.certify(instance, tokens), ehrlich.value(instance, tokens, infeasible_value=-jnp.inf)
 
 
 def parts(instance):
@@ -69,17 +64,33 @@ def test_values(i):
     instance, tokens = problem(i), population(i)
     transition, motifs, gaps = parts(instance)
     q, e = int(instance.quantization), SIZES[i].get("epistasis", 0)
-    got, values, quality, allowed, outside = every(instance, tokens)
+    got, outside = every(instance, tokens)
     wanted = [float(reference.value(transition, motifs, gaps, row.tolist(), q, e)) for row in tokens]
     np.testing.assert_allclose(got.value, wanted, rtol=3e-6, atol=1e-12)
     assert len(set(wanted)) > 1 and max(wanted) == 1
     feasible = [reference.feasible(transition, row.tolist()) for row in tokens]
     np.testing.assert_array_equal(got.feasible, feasible)
     assert np.all(got.feasible[:40])  # what the chain emits
-    np.testing.assert_array_equal(values, got.value)
-    np.testing.assert_array_equal(quality, got.quality)
-    np.testing.assert_array_equal(allowed, feasible)
-    np.testing.assert_array_equal(np.isneginf(outside), ~np.asarray(feasible))
+    np.testing.assert_array_equal(outside, np.where(feasible, got.value, -np.inf))
+
+
+@functools.cache
+def golden():
+    with np.load(Path(__file__).parents[1] / "golden" / "ehrlich.npz") as file:
+        return {key: file[key] for key in file.files}
+
+
+@pytest.mark.parametrize("i", range(4))
+def test_official_values(i):
+    """Those of pytorch-holo, from the file made by tests/golden/make_ehrlich.py (q divides k there)."""
+    file = {key.removeprefix(f"{i}_"): x for key, x in golden().items() if key.startswith(f"{i}_")}
+    instance = ehrlich.instance(file["transition"], file["motifs"], file["spacings"], quantization=file["quantization"])
+    for e in (0.0, 1.5):
+        got, outside = every(instance._replace(epistasis=jnp.float32(e)), file["tokens"])
+        np.testing.assert_array_equal(got.quality, file["quality"])
+        np.testing.assert_array_max_ulp(np.asarray(outside), file[f"value_{e}"], 2)
+    assert len(np.unique(file["value_0.0"])) > 1
+    np.testing.assert_allclose(ehrlich.stationary_distribution(file["transition"]), file["stationary"], atol=1e-6)
 
 
 @pytest.mark.parametrize("i", range(len(SIZES)))
@@ -95,6 +106,8 @@ def test_random_instances_have_an_optimum(i):
     assert np.all((allowed == width) | (allowed == width + 1))
     assert np.all(batch.offsets[..., 0] == 0) and np.all(np.diff(batch.offsets, axis=-1) >= 1)
     assert np.all((batch.offsets[..., -1] + 1).sum(-1) <= size["length"])
+    repeats = np.diff(np.asarray(batch.motifs).reshape(40, -1), axis=-1) == 0
+    assert np.any(repeats) == size.get("motif_repeats", True)
 
     @jax.jit
     @jax.vmap
@@ -117,7 +130,11 @@ def test_by_hand():
     value = jax.jit(ehrlich.value)
     for tokens, wanted in (([0, 1, 1, 2], 1), ([0, 1, 1, 1, 2], 2 / 3), ([2, 0, 1, 1, 2], 0), ([1, 1, 1, 1], 1 / 3), ([0, 1, 1], 0)):
         np.testing.assert_allclose(value(instance, jnp.array(tokens)), wanted, rtol=1e-6)
-    assert ehrlich.certify(instance, jnp.array([0, 1, 1])).positions == -1  # the motif needs four places
+    quality, feasible = jax.jit(lambda tokens: (ehrlich.motif_quality(instance, tokens), ehrlich.is_feasible(instance, tokens)))(
+        jnp.array([2, 0, 1, 1, 2])
+    )
+    assert quality == 1 and not feasible
+    assert jax.jit(ehrlich.certify)(instance, jnp.array([0, 1, 1])).positions == -1  # the motif needs four places
     np.testing.assert_array_equal(ehrlich.optimal_sequence(instance, length=6), [0, 1, 1, 2, 2, 2])
     coarse = instance._replace(quantization=jnp.int32(1), epistasis=jnp.float32(1))
     assert value(coarse, jnp.array([0, 1, 1, 1])) == 0
@@ -148,11 +165,25 @@ def test_the_relaxation(x64):
     np.testing.assert_allclose(jax.jit(ehrlich.relaxed_value)(short, x), wanted, rtol=1e-12)
     tokens = population(0)
     relaxed = jax.jit(jax.vmap(ehrlich.relaxed_value, in_axes=(None, 0)))(instance, jax.nn.one_hot(tokens, 4, dtype=jnp.float64))
-    np.testing.assert_allclose(relaxed, every(instance, tokens)[1], rtol=1e-12)
+    np.testing.assert_allclose(relaxed, every(instance, tokens)[0].value, rtol=1e-12)
     rows, direction = rng.dirichlet(np.ones(4), 12), rng.normal(size=(12, 4))
     f = jax.jit(jax.value_and_grad(ehrlich.relaxed_value, argnums=1))
     slope = (f(instance, rows + 1e-6 * direction)[0] - f(instance, rows - 1e-6 * direction)[0]) / 2e-6
     np.testing.assert_allclose(np.sum(f(instance, rows)[1] * direction), slope, rtol=1e-6)
+
+
+def test_evolution_on_the_oracle():
+    """From one letter throughout, which is feasible, to a proven optimum."""
+    instance, starts = problem(0), np.repeat(np.arange(4)[:, None], 12, axis=1)
+    options = {"num_letters": 4, "num_designs": 4, "num_generations": 30, "num_parents": 64, "num_children": 128}
+
+    @jax.jit
+    def run(key):
+        found = baselines.genetic_algorithm(ehrlich.score, instance, key, starts, **options)
+        return found, ehrlich.certify(instance, found.tokens[0])
+
+    found, proof = run(jax.random.key(0))
+    assert found.trajectory[0, 0] < 1 and found.predicted[0] == proof.value == ehrlich.OPTIMUM
 
 
 def test_one_trace_for_all_instances():

@@ -27,8 +27,9 @@ def log_probs_of(table):
 
 def token_reward(params, x):
     """The toy's reward from tokens."""
-    steps = jnp.arange(reference.T)
-    angle = 1 + 2 * x.tokens.astype(params.dtype) + (1.7 * steps).astype(params.dtype).reshape((1,) * (x.tokens.ndim - 1) + (-1,))
+    x = x._replace(tokens=jnp.asarray(x.tokens))
+    shift = jnp.asarray(1 + 1.7 * np.arange(reference.T), params.dtype).reshape((1,) * (x.tokens.ndim - 1) + (-1,))
+    angle = 2 * x.tokens.astype(params.dtype) + shift
     return params * jnp.sum(jnp.cos(angle), -1) + (x.tokens[..., 0] == x.tokens[..., 4]).astype(params.dtype) - 2
 
 
@@ -67,7 +68,7 @@ def everything(prior, policy, beta):
 
 
 @pytest.mark.parametrize("beta", reference.BY_BETA)
-def test_published_table(beta, x64):
+def test_published_table(beta, x64, strict):
     numbers, log_p, phi = everything(reference.PRIOR, reference.POLICY, beta)
     np.testing.assert_allclose(numbers, reference.BY_BETA[beta], rtol=0, atol=5.1e-11)  # ten digits behind the point are printed
     log_prior = reference.sequence_log_probs(reference.PRIOR)
@@ -145,7 +146,7 @@ def soft():
     return jax.jit(run, static_argnums=2)
 
 
-def test_soft_values(x64):
+def test_soft_values(x64, strict):
     """T26: dynamic programming and sums over completions; the posterior as a policy."""
     log_prior, phi = reference.sequence_log_probs(reference.PRIOR), reference.REWARD / 0.5
     rows = rows_of(jnp.asarray(reference.PRIOR))
@@ -189,7 +190,7 @@ def test_hard_constraints_and_dead_prefixes(x64):
     assert nothing.empty and np.isneginf(nothing.log_z) and np.all(np.isneginf(nothing.log_probs))
 
 
-def test_end_of_sequence(x64):
+def test_end_of_sequence(x64, strict):
     """Finished strings have one place each; what follows an end has no mass; cut strings count."""
     rng = np.random.default_rng(1)
     logits = rng.normal(size=(EOS_SPACE.num_prefixes, 3))
@@ -285,7 +286,7 @@ def test_targets(x64):
         rl_bayes.log_potential(rl_bayes.tempered(2.0), x)
 
 
-def test_moments(x64):
+def test_moments(x64, strict):
     """T13, T14: the toy's multipliers, a closed form, and Pythagoras."""
     wanted, lambdas, prior, log_z, kl = reference.MOMENTS
     log_prior = reference.sequence_log_probs(reference.PRIOR)
@@ -312,7 +313,7 @@ def test_moments(x64):
         assert one.feasible
 
 
-def test_moments_that_cannot_be(x64):
+def test_moments_that_cannot_be(x64, strict):
     log_prior = reference.sequence_log_probs(reference.PRIOR)
     for wanted in ((1.2, 0.5), (0.5, -0.1), (1.0, 0.5), (0.5, 0.0)):
         found = fit(reference.FEATURES, np.array(wanted), log_prior)
@@ -345,7 +346,7 @@ def test_moments_in_batches_and_their_derivatives(x64):
     np.testing.assert_allclose(single.lambdas, reference.MOMENTS[1], rtol=1e-4)
 
 
-def test_beta_for_a_divergence(x64):
+def test_beta_for_a_divergence(x64, strict):
     log_prior = reference.sequence_log_probs(reference.PRIOR)
     solve = jax.jit(rl_bayes.beta_for_kl)
     for beta, row in reference.BY_BETA.items():

@@ -24,7 +24,7 @@ def draws(size, log_q=PROPOSAL, seed=0):
     return np.random.default_rng(seed).choice(1024, size, p=np.exp(log_q) / np.exp(log_q).sum())
 
 
-def test_importance(x64):
+def test_importance(x64, strict):
     """T19, and no weight at all."""
     x = draws(200000)
     found = jax.jit(rl_bayes.importance)(LOG_W[x])
@@ -47,7 +47,7 @@ def test_importance(x64):
         rl_bayes.snis(np.zeros(2), np.zeros(3))
 
 
-def test_quasi_rejection(x64):
+def test_quasi_rejection(x64, strict):
     """T23: the published numbers, brute force, the identity of the KL, the bound on the TV, monotone in c, exact from the largest ratio on."""
     weights = np.exp(PROPOSAL)
     for c, printed in reference.QRS.items():
@@ -75,7 +75,7 @@ def test_quasi_rejection(x64):
         rl_bayes.qrs_plan(LOG_W)
 
 
-def test_what_is_accepted(x64):
+def test_what_is_accepted(x64, strict):
     """The law of the accepted is p_c, and p under rejection; a batch without any is no error."""
     x = draws(200000, seed=1)
     log_c = np.log(0.3)
@@ -115,7 +115,7 @@ def test_what_is_accepted(x64):
         rl_bayes.rejection_sample(propose, jax.random.key(0), log_c=0.0, num_samples=1, max_rounds=0)
 
 
-def test_independence_metropolis_hastings(x64):
+def test_independence_metropolis_hastings(x64, strict):
     x = draws(60000, seed=3)
     chain, rate = jax.jit(rl_bayes.independence_mh)(jax.random.key(0), LOG_W[x])
     visited = x[np.asarray(chain)]
@@ -130,7 +130,7 @@ def test_independence_metropolis_hastings(x64):
 
 
 @pytest.mark.parametrize("n", reference.BEST_OF_N)
-def test_best_of_n(n, x64):
+def test_best_of_n(n, x64, strict):
     """T24: published numbers, sums over all pairs, binary rewards, the bound."""
     found = best_of_n(PRIOR, reference.REWARD, num_samples=n)
     np.testing.assert_allclose((found.kl, found.bound, found.reward), reference.BEST_OF_N[n], atol=5.1e-11)

@@ -21,7 +21,7 @@ LOG_Z = reference.lse(PRIOR + PHI)
 LOG_P = PRIOR + PHI - LOG_Z
 DECODE = rl_bayes.table_decode_fn(SPACE)
 MODEL = rl_bayes.twisted(DECODE, DECODE)
-RUNS = 4000
+RUNS = 2500
 SCHEMES = ("multinomial", "residual", "stratified", "systematic")
 
 
@@ -74,7 +74,7 @@ def mean_is(values, wanted, errors=4.0):
 
 
 @pytest.mark.parametrize("particles", [1, 4])
-def test_optimal_twists_are_exact(particles, x64):
+def test_optimal_twists_are_exact(particles, x64, strict):
     """T20: log Z for every number of particles and every key, whether or not resampling happens; the particles are exact samples."""
     rows, optimal, _, _ = setup()
     for seed, threshold in ((0, 0.5), (1, 2.0), (2, 0.0)):
@@ -87,7 +87,7 @@ def test_optimal_twists_are_exact(particles, x64):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_unbiased(scheme, x64):
+def test_unbiased(scheme, x64, strict):
     """T21: E[Z_hat] = Z and E[Z_hat sum w g] = Z E_p[g], resampling sometimes or always."""
     rows, _, noisy, _ = setup()
     for threshold in (0.5, 2.0):
@@ -100,7 +100,7 @@ def test_unbiased(scheme, x64):
 
 
 @pytest.mark.parametrize("scheme", ["multinomial", "systematic"])  # the conditional law of all four: test_resampling
-def test_bounds(scheme, x64):
+def test_bounds(scheme, x64, strict):
     """T22: E[1 / Z_hat] = 1 / Z with an exact sample planted, so the means of log Z_hat bracket log Z."""
     rows, _, noisy, _ = setup()
     planted = exact_samples(RUNS)
@@ -115,7 +115,7 @@ def test_bounds(scheme, x64):
         np.testing.assert_allclose((both.midpoint, both.gap), ((both.lower + both.upper) / 2, both.upper - both.lower))
 
 
-def test_proposals(x64):
+def test_proposals(x64, strict):
     """One particle gives the exact divergences; bounds tighten with particles; resampling helps the base proposal (S4)."""
     rows, _, noisy, _ = setup()
     log_q = np.asarray(rl_bayes.sequence_log_probs(SPACE, rl_bayes.twisted_rows(rows, noisy)))
@@ -138,7 +138,7 @@ def test_proposals(x64):
     assert gaps["twist", 0.0] < min(0.2 * gaps["base", 0.0], reference.kl(log_q, LOG_P))
 
 
-def test_a_given_proposal(x64):
+def test_a_given_proposal(x64, strict):
     """A third output of the model is what tokens are drawn from; weights take it into account."""
     rows, _, noisy, _ = setup()
     model = rl_bayes.twisted(DECODE, DECODE)
@@ -162,7 +162,7 @@ def test_a_given_proposal(x64):
         rl_bayes.smc(model, (rows, noisy), arguments[0], caches[:2], *arguments[2:], **options)
 
 
-def test_hard_constraints(x64):
+def test_hard_constraints(x64, strict):
     """Dead particles, and all of them: no nan, a flag, and Z unbiased all the same."""
     rows, _, _, _ = setup()
     with np.errstate(divide="ignore"):
@@ -184,17 +184,21 @@ def test_hard_constraints(x64):
     assert chosen.tokens.shape == (RUNS, reference.T) and not index.any()
 
 
-def test_end_of_sequence_and_contexts(x64):
+def test_end_of_sequence_and_contexts(x64, strict):
     """Strings that end early, a table and a potential per context: exact with optimal twists, unbiased without."""
     space, rng = rl_bayes.Space(vocab_size=3, length=4, eos=2), np.random.default_rng(1)
-    rows, phi = rl_bayes.log_rows(space, rng.normal(size=(40, 3))), rng.normal(size=(2, 81))
-    rows = jnp.stack([rows, rl_bayes.log_rows(space, rng.normal(size=(40, 3)))])
-    twists, exact, policies = [], [], []
-    for c in range(2):
-        values = rl_bayes.soft_values(space, rows[c], phi[c])
-        twists.append(rl_bayes.next_values(space, values))
-        exact.append(float(values[0][0]))
-        policies.append(rl_bayes.posterior_rows(space, rows[c], values))
+    phi = rng.normal(size=(2, 81))
+
+    @jax.jit
+    @jax.vmap
+    def exactly(logits, phi):
+        rows = rl_bayes.log_rows(space, logits)
+        values = rl_bayes.soft_values(space, rows, phi)
+        policy = rl_bayes.posterior_rows(space, rows, values)
+        samples = rl_bayes.sample_rows(jax.random.key(0), space, policy, num_samples=2000)[0]
+        return rows, rl_bayes.next_values(space, values), values[0][0], rl_bayes.sequence_log_probs(space, rows), samples
+
+    rows, twists, exact, log_prior, samples = jax.tree.map(np.asarray, exactly(rng.normal(size=(2, 40, 3)), phi))
     decode = rl_bayes.table_decode_fn(space)
     target = rl_bayes.Target(
         terms=(lambda params, x, context: params[context][space.index(x.tokens, x.num_tokens)],), params=(jnp.asarray(phi),)
@@ -209,16 +213,14 @@ def test_end_of_sequence_and_contexts(x64):
             num_particles=3, max_new_tokens=4, contexts=contexts, stop_tokens=[2], threshold=threshold, planted=planted,
         )  # fmt: skip
 
-    result = go(jax.random.key(0), jnp.stack(twists), 0.5)
-    np.testing.assert_allclose(result.log_z, np.array(exact)[contexts], rtol=1e-11)
+    result = go(jax.random.key(0), twists, 0.5)
+    np.testing.assert_allclose(result.log_z, exact[contexts], rtol=1e-11)
     lengths = np.asarray(result.num_tokens)
     assert set(np.unique(lengths)) == {1, 2, 3, 4} and np.array_equal(result.finished, np.any(result.tokens == 2, axis=2))
     places = space.index(result.tokens, result.num_tokens)
-    log_prior = np.stack([rl_bayes.sequence_log_probs(space, r) for r in rows])
     np.testing.assert_allclose(np.sum(result.log_prior, axis=2), log_prior[contexts[:, None], places], rtol=1e-10)
-    noisy = jnp.stack(twists) + 0.5 * rng.normal(size=(2, 40, 3))
-    samples = [rl_bayes.sample_rows(jax.random.key(c), space, policies[c], num_samples=2000)[0] for c in range(2)]
-    planted = jax.tree.map(lambda a, b: jnp.where((contexts == 0).reshape(-1, *(1,) * (a.ndim - 1)), a, b), *samples)
+    noisy = twists + 0.5 * rng.normal(size=(2, 40, 3))
+    planted = jax.tree.map(lambda x: x[contexts, np.arange(2000)], samples)
     free, bound = go(jax.random.key(1), noisy, 2.0), go(jax.random.key(2), noisy, 2.0, planted)
     np.testing.assert_array_equal(bound.num_tokens[:, 0], planted.num_tokens)
     for c in range(2):
@@ -227,7 +229,7 @@ def test_end_of_sequence_and_contexts(x64):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_resampling(scheme, x64):
+def test_resampling(scheme, x64, strict):
     """Expected descendants, plain and conditional (brute force: keep the draws in which a random slot descends from the first); arrangement."""
     weights = np.array([0.05, 0.4, 0.0, 0.3, 0.25])
     with np.errstate(divide="ignore"):
@@ -259,12 +261,18 @@ def test_resampling(scheme, x64):
     assert level.dtype == jnp.int32 and np.all((level >= 0) & (level < 6))
 
 
-def test_twists_are_learned(x64):
+def paths():
+    """[x t] which prefix comes before each token of each sequence."""
+    tokens = reference.SEQUENCES
+    before = [sum((tokens[:, s] * 4 ** (t - 1 - s) for s in range(t)), np.zeros(1024, int)) for t in range(reference.T)]
+    return np.stack([SPACE.offset(t) + number for t, number in enumerate(before)], axis=1)
+
+
+def test_twists_are_learned(x64, strict):
     """T25 and the others' optima on a table: exact expectations over all sequences; gradients vanish where the table says."""
     rows, optimal, noisy, _ = setup()
     tokens = reference.SEQUENCES
-    before = [sum((tokens[:, s] * 4 ** (t - 1 - s) for s in range(t)), np.zeros(1024, int)) for t in range(reference.T)]
-    at = np.stack([SPACE.offset(t) + number for t, number in enumerate(before)], axis=1)
+    at = paths()
     lengths = np.full(1024, reference.T)
     here = lambda table: jnp.asarray(table)[at, tokens]  # noqa: E731
     log_prior = rows[at, tokens]
@@ -301,7 +309,7 @@ def test_twists_are_learned(x64):
     for loss in (fudge, squared):
         slope = jax.jit(jax.grad(loss))
         np.testing.assert_allclose(slope(np.asarray(below)), 0, atol=1e-13)
-        assert np.abs(slope(np.asarray(below) - 0.3)).max() > 1e-3
+        assert np.abs(slope(np.asarray(below) - 0.3)).max() > 1e-5
 
     def sixo(table):
         # samples of the prior are all x alike: what they say is exchanged for the expectation
@@ -317,7 +325,36 @@ def test_twists_are_learned(x64):
     np.testing.assert_allclose(rl_bayes.token_values(jnp.asarray(noisy)[at], tokens, lengths), here(noisy))
 
 
-def test_losses_of_twists_in_padding_and_without_weight(x64):
+def test_contrastive_training(x64, strict):
+    """From samples of the proposal alone, weighted by P / q and by pi_t / q: the proposal comes close to p."""
+    rows, _, _, _ = setup()
+    at, log_prior = paths(), jnp.asarray(PRIOR)
+    lengths = jnp.full(256, reference.T, jnp.int32)
+
+    @jax.jit
+    def train(table):
+        def step(table, key):
+            q_rows = rl_bayes.twisted_rows(rows, table)
+            x = rl_bayes.sample_rows(key, SPACE, q_rows, num_samples=256)[1]
+            place, tokens = jnp.asarray(at)[x], jnp.asarray(reference.SEQUENCES)[x]
+            log_q, prior = q_rows[place, tokens], jnp.asarray(rows)[place, tokens]
+
+            def loss(table):
+                log_psi = table[place, tokens]
+                weights = rl_bayes.prefix_log_weights(prior, log_q, log_psi, lengths)
+                return rl_bayes.ctl_loss(log_psi, lengths, log_psi, lengths, weights, (log_prior + PHI)[x] - jnp.sum(log_q, axis=1))
+
+            return table - 4.0 * jax.grad(loss)(table), None
+
+        table = jax.lax.scan(step, table, jax.random.split(jax.random.key(0), 300))[0]
+        return rl_bayes.sequence_log_probs(SPACE, rl_bayes.twisted_rows(rows, table))
+
+    log_q = np.asarray(train(np.zeros_like(rows)))
+    start = reference.kl(LOG_P, PRIOR)
+    assert reference.kl(LOG_P, log_q) < 0.35 * start, (reference.kl(LOG_P, log_q), start)
+
+
+def test_losses_of_twists_in_padding_and_without_weight(x64, strict):
     rng = np.random.default_rng(2)
     log_psi, phi, lengths = -rng.random((4, 3)), -rng.random(4), np.array([3, 1, 2, 3])
     junk = np.where(np.arange(3)[None] < lengths[:, None], 0.0, np.nan)
@@ -329,22 +366,25 @@ def test_losses_of_twists_in_padding_and_without_weight(x64):
         "squared": lambda a: rl_bayes.squared_loss(a, phi, lengths),
         "path": lambda a: rl_bayes.path_consistency_loss(a, a, a, phi, lengths),
     }
-    for name, loss in losses.items():
-        value, gradient = jax.jit(jax.value_and_grad(loss))(log_psi + junk)
-        clean, clean_gradient = jax.jit(jax.value_and_grad(loss))(log_psi)
-        np.testing.assert_allclose(value, clean, rtol=1e-12, err_msg=name)
-        np.testing.assert_allclose(gradient, np.where(np.isnan(junk), 0, clean_gradient), atol=1e-13, err_msg=name)
+
+    @jax.jit
+    def both(a):
+        return {name: jax.value_and_grad(loss)(a) for name, loss in losses.items()}
+
+    noisy, clean = both(log_psi + junk), both(log_psi)
+    for name in losses:
+        np.testing.assert_allclose(noisy[name][0], clean[name][0], rtol=1e-12, err_msg=name)
+        np.testing.assert_allclose(noisy[name][1], np.where(np.isnan(junk), 0, clean[name][1]), atol=1e-13, err_msg=name)
     none = np.full(4, -np.inf)
-    for loss in (
+    lost = [
         lambda a: rl_bayes.ctl_loss(a, lengths, a, lengths, jnp.full((4, 3), -jnp.inf), none),
         lambda a: rl_bayes.soft_q_loss(a, jnp.full((4, 3), -jnp.inf), none, lengths),
         lambda a: rl_bayes.fudge_loss(a, none, lengths),
+        lambda a: rl_bayes.fudge_loss(0 * a, np.zeros(4), lengths),
         lambda a: rl_bayes.path_consistency_loss(a, a, a, none, lengths),
-    ):
-        value, gradient = jax.value_and_grad(loss)(log_psi)
+    ]
+    for value, gradient in jax.jit(lambda a: [jax.value_and_grad(loss)(a) for loss in lost])(log_psi):
         assert np.isfinite(value) and np.all(np.isfinite(gradient))
-    sure = jax.value_and_grad(lambda a: rl_bayes.fudge_loss(a, np.zeros(4), lengths))(np.zeros((4, 3)))
-    assert np.isfinite(sure[0]) and np.all(np.isfinite(sure[1]))
 
 
 CONFIG = transformer.TransformerConfig(
@@ -356,30 +396,37 @@ def lm_potential(params, x):
     return params * jnp.sum(jnp.where(x.mask, (x.tokens % 3 == 0).astype(jnp.float32), 0.0), axis=-1)
 
 
-def lm_twist(params, cache, tokens, num_tokens=None, prefix=None):
-    """The decoder with a hand-written twist, half the reward of each token so far: imperfect on purpose."""
-    logits, cache = transformer.decode_fn(CONFIG)(params, cache, tokens, num_tokens, prefix)
+def unembed(params, h):
+    return h @ transformer.unembed(CONFIG, params)
+
+
+LM = rl_bayes.with_head(functools.partial(transformer.extend, CONFIG), unembed, lambda head, h: 1.0 + h @ head)
+
+
+def lm_params():
+    """A network and a twist head, imperfect on purpose."""
     seen = jnp.asarray(np.arange(CONFIG.vocab_size) % 3 == 0, jnp.float32)
-    return (logits, jnp.broadcast_to(1.0 * seen[None], logits.shape)), cache
+    head = 0.2 * jax.random.normal(jax.random.key(3), (CONFIG.width, CONFIG.vocab_size))
+    return transformer.init(CONFIG, jax.random.key(0)), head + 0.2 * seen[None]
 
 
 def lm_run(params, key, threshold, prompts, lengths, *, particles=16, new=6, scheme="systematic"):
     target = rl_bayes.Target(terms=(lm_potential,), params=(jnp.asarray(1.5),))
     cache = transformer.init_cache(CONFIG, prompts.shape[0], prompts.shape[1])
     return rl_bayes.smc(
-        lm_twist, params, key, cache, prompts, lengths, target,
+        LM, params, key, cache, prompts, lengths, target,
         num_particles=particles, max_new_tokens=new, threshold=threshold, stop_tokens=[1], scheme=scheme,
     )  # fmt: skip
 
 
 def test_on_a_transformer():
     """Plain sampling is the special case without twists and resampling; after resampling a particle's cache is its ancestor's."""
-    params = transformer.init(CONFIG, jax.random.key(0))
+    params, head = lm_params()
     prompts, lengths = np.array([[3, 4, 5], [6, 7, 0]]), np.array([3, 2])
     decode = transformer.decode_fn(CONFIG)
     go, score = jax.jit(chex.assert_max_traces(lm_run, n=1)), jax.jit(transformer.logits_fn(CONFIG))
     for threshold in (2.0, 0.5):
-        result = go(params, jax.random.key(1), threshold, prompts, lengths)
+        result = go((params, head), jax.random.key(1), threshold, prompts, lengths)
         assert result.resampled[:, :-1].all() or threshold < 1
         for row in range(2):  # log-probabilities of the surviving texts, from whole texts at once
             texts = np.concatenate([np.tile(prompts[row, : lengths[row]], (16, 1)), result.tokens[row]], axis=1)
@@ -407,13 +454,18 @@ def test_on_a_transformer():
     np.testing.assert_allclose(ours.log_weights, ours.potential, atol=1e-6)
 
 
+@functools.cache
+def on_one_device():
+    go = jax.jit(functools.partial(lm_run, particles=64))
+    return jax.device_get(go(lm_params(), jax.random.key(1), 0.9, np.array([[3, 4, 5]]), np.array([3])))
+
+
 @pytest.mark.parametrize("explicit", [False, True])
 def test_particles_over_eight_devices(explicit):
     """The same particles as on one device, and what crosses devices is a block of ancestors' rows, not the cache."""
-    params = transformer.init(CONFIG, jax.random.key(0))
-    prompts, lengths = np.array([[3, 4, 5]]), np.array([3])
+    params, prompts, lengths = lm_params(), np.array([[3, 4, 5]]), np.array([3])
     go = functools.partial(lm_run, particles=64)
-    wanted = jax.jit(go)(params, jax.random.key(1), 0.9, prompts, lengths)
+    wanted = on_one_device()
     assert wanted.resampled.any()
     with jax.set_mesh(sharding.make_mesh({"data": 8}, explicit=explicit)):
         placed = jax.device_put((params, jax.random.key(1), jnp.asarray(0.9), jnp.asarray(prompts), jnp.asarray(lengths)), jax.P())

@@ -59,7 +59,7 @@ def test_offline_splits(factor, split, count, best):
     offline, oracle = tasks.tfbind8(factor, split)
     assert offline.tokens.shape == (count, 8) and offline.scores.shape == (count,)
     assert (offline.letters, offline.y_min, offline.y_max) == ("ACGT", 0.0, 1.0)
-    assert abs(offline.scores.max() - best) < 5e-5 * (count < 32_898) + 1e-8
+    assert abs(offline.scores.max() - best) < (1e-8 if count == 32_898 else 1e-4)
     np.testing.assert_array_equal(oracle(offline.tokens), offline.scores)
     if split == "half" and factor == tasks.FACTORS[0]:
         np.testing.assert_allclose((offline.scores.mean(), offline.scores.std()), (0.3261, 0.0764), atol=5e-5)
@@ -293,7 +293,7 @@ def test_pre_training_learns_and_repeats_itself(tmp_path):
 
     trained = compute()
     assert trained.info["sequences"] == 2 * (32_896 - 100)
-    assert trained.info["r2"] > 0.02 and trained.info["nats"] < 4.1  # log 64 = 4.16 and 0 for one that knows nothing
+    assert trained.info["r2"] > 0.3 and trained.info["nats"] < 4.3 and 0 <= trained.info["accuracy"] < 0.3  # log 69 = 4.23
     again = pretraining.kept(tmp_path / "encoder", TINY, compute)
     read = pretraining.kept(tmp_path / "encoder", TINY, compute)
     assert len(calls) == 2 and again.model == read.model == TINY and again.info == trained.info

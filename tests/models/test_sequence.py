@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from janax.jaxlib_ext import sharding
+from janax.jaxlib_ext import kmers, sharding
 from janax.models import encoder, loading, presets, sequence
 from janax.models.sequence import AMINO_ACIDS, DNA, Batch
 
@@ -100,10 +100,10 @@ def test_soft_kmers():
     expected = np.zeros((2, 3, 64))
     for b, l, i, j, k in itertools.product(range(2), range(3), range(4), range(4), range(4)):
         expected[b, l, 16 * i + 4 * j + k] = rows[b, l, i] * rows[b, l + 1, j] * rows[b, l + 2, k]
-    np.testing.assert_allclose(sequence.soft_kmers(rows, k=3), expected, rtol=1e-6)
-    np.testing.assert_allclose(sequence.soft_kmers(rows[0], k=1), rows[0], rtol=1e-6)
+    np.testing.assert_allclose(kmers.soft_kmers(rows, k=3), expected, rtol=1e-6)
+    np.testing.assert_allclose(kmers.soft_kmers(rows[0], k=1), rows[0], rtol=1e-6)
     with pytest.raises(ValueError, match=r"soft_kmers: 'rows' has shape \(2, 5, 4\), expected \[... l v\] with l of at least k=6"):
-        sequence.soft_kmers(rows, k=6)
+        kmers.soft_kmers(rows, k=6)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -113,7 +113,7 @@ def test_rows_become_the_tokens_they_stand_for(name, strict):
     rows = _one_hot(letters, v)
     for given in (None, lengths):
         hard = sequence.tokenize(alphabet, letters, given)
-        for soft_rows in (rows, sequence.soft_kmers(rows, k=alphabet.k)):
+        for soft_rows in (rows, kmers.soft_kmers(rows, k=alphabet.k)):
             soft = sequence.tokenize(alphabet, soft_rows, given)
             np.testing.assert_array_equal(soft.tokens, _one_hot(np.asarray(hard.tokens), alphabet.vocab_size))
             chex.assert_trees_all_equal(soft[1:], hard[1:])
@@ -130,8 +130,8 @@ def test_reverse_complements():
     np.testing.assert_array_equal(swapped, _one_hot(other[:1], 4))
     soft = np.random.default_rng(0).dirichlet(np.ones(4), (2, 8)).astype(np.float32)
     for given in (None, np.array([8, 6], np.int32)):
-        turned = sequence.reverse_complement(KMERS.alphabet, sequence.soft_kmers(soft, k=3), given)
-        expected = sequence.soft_kmers(sequence.reverse_complement(KMERS.alphabet, soft, given), k=3)
+        turned = sequence.reverse_complement(KMERS.alphabet, kmers.soft_kmers(soft, k=3), given)
+        expected = kmers.soft_kmers(sequence.reverse_complement(KMERS.alphabet, soft, given), k=3)
         for row, wanted, n in zip(turned, expected, (6, 6) if given is None else (6, 4)):
             np.testing.assert_allclose(row[:n], wanted[:n], rtol=1e-5)
     with pytest.raises(ValueError, match="reverse_complement: letters 'ACDEFGHIKLMNPQRSTVWY' have no complements"):
@@ -153,7 +153,7 @@ def test_features_are_the_mean_over_letters(name):
     rows = _one_hot(letters, len(model.alphabet.letters))
     np.testing.assert_allclose(_features(model, params, rows), phi, atol=2e-6)
     np.testing.assert_allclose(_features(model, params, rows[2]), phi[2], atol=2e-6)
-    np.testing.assert_allclose(_features(model, params, sequence.soft_kmers(rows, k=model.alphabet.k)), phi, atol=2e-6)
+    np.testing.assert_allclose(_features(model, params, kmers.soft_kmers(rows, k=model.alphabet.k)), phi, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", ["framed", "residues"])

@@ -141,7 +141,7 @@ def divergence(name, log_pi, log_p):
 
 def divergence_gradient(name, log_pi, log_p, score):
     """sum pi f'(pi / p) grad log pi."""
-    with np.errstate(over="ignore", divide="ignore"):
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         slope = np.where(np.isfinite(log_p), f_prime(name, np.exp(log_pi - log_p)), F_PRIME_INF[name])
     return np.einsum("x,x...->...", np.exp(log_pi) * slope, score)
 

@@ -89,12 +89,12 @@ def gradient_ascent(
             visited = archive(tokens, predicted, m, visited)
         return tokens, predicted, visited
 
-    def step(carry: tuple, _: None) -> tuple[tuple, jax.Array]:
+    def step(carry: tuple, nothing: None) -> tuple[tuple, jax.Array]:
         z, state, visited = carry
         value, gradient = jax.vmap(jax.value_and_grad(predicted_soft))(z)
         _, predicted, visited = look(z, visited, value if relaxation == "straight_through" else None)
         direction, state = jax.vmap(transform.update)(gradient, state, z)
-        return (z + rate * direction, state, visited), predicted
+        return (jax.tree.map(lambda old, change: old + rate * change, z, direction), state, visited), predicted
 
     visited = None if select == "last" else look(z, None, None)[2]
     (z, _, visited), path = jax.lax.scan(step, (z, jax.vmap(transform.init)(z), visited), None, length=num_steps)

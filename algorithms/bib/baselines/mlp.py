@@ -171,7 +171,9 @@ def fit_ensemble(
 
     def step(carry: tuple, t: jax.Array) -> tuple[tuple, jax.Array]:
         keys = jax.random.split(jax.random.fold_in(key_batches, t), num_members)
-        members, states, values = jax.vmap(member_step, in_axes=(0, 0, 0, None if rows is None else 0))(*carry, keys, rows)
+        members, states = carry
+        each = jax.vmap(member_step, in_axes=(0, 0, 0, None if rows is None else 0))
+        members, states, values = each(members, states, keys, rows)
         return (members, states), values
 
     (params, _), losses = jax.lax.scan(step, (params, jax.vmap(optimizer.init)(params)), jnp.arange(num_steps))

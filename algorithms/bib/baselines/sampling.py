@@ -184,9 +184,10 @@ def cbas(
         return tokens, _common.predict(score_fn, params, tokens, num_letters, batch_size)
 
     def deviation(tokens: jax.Array) -> ArrayLike:
-        if not callable(spread):
-            return spread
-        return jax.vmap(lambda s: _common.scalar(spread, params, jax.nn.one_hot(s, num_letters, dtype=dtype)))(tokens)
+        spread_fn = spread
+        if not callable(spread_fn):
+            return spread_fn
+        return jax.vmap(lambda s: _common.scalar(spread_fn, params, jax.nn.one_hot(s, num_letters, dtype=dtype)))(tokens)
 
     log_probs = jax.vmap(log_prob_fn, in_axes=(None, 0))
 
