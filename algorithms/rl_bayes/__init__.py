@@ -16,17 +16,14 @@ Where to read what:
   divergences  the f-divergences of f-DPG                  normaliser   running log Z, baselines, monitors, proposals
   objectives   f-DPG, DPG, CDPG, REINFORCE, KL-RL          token_level  reward-to-go, GAE, PPO with a penalty
   balance      trajectory balance, VarGrad, SubTB          preference   DPO and IPO, the posterior's preference form
-  samplers     importance, rejection, QRS, MH              best_of_n    its exact law, divergence and target
-  smc          twisted and conditional SMC, bounds         resampling   schemes, and the fewest moves
-  twists       CTL, soft-Q, SIXO, FUDGE                    metrics      pass@k, distinct-n, Self-BLEU
+  samplers     importance, rejection, QRS, MH              best_of      best-of-N: law, divergence, target
+  twisted_smc  twisted and conditional SMC                 resampling   schemes, and the fewest moves
+  twists       CTL, soft-Q, SIXO, FUDGE                    bounds       log Z from both sides, KLs from samples
+  metrics      pass@k, distinct-n, Self-BLEU
 """
 
-from janax.algorithms.rl_bayes.balance import (
-    subtb_loss,
-    tb_loss,
-    vargrad_loss,
-)
-from janax.algorithms.rl_bayes.best_of_n import (
+from janax.algorithms.rl_bayes.balance import subtb_loss, tb_loss, vargrad_loss
+from janax.algorithms.rl_bayes.best_of import (
     BestOfN,
     best_of_n,
     best_of_n_bound,
@@ -35,6 +32,7 @@ from janax.algorithms.rl_bayes.best_of_n import (
     binary_best_of_n_kl,
     select_best,
 )
+from janax.algorithms.rl_bayes.bounds import KlEstimate, Sandwich, kl_from_samples, sandwich
 from janax.algorithms.rl_bayes.divergences import (
     CHI2P,
     CHI2R,
@@ -47,6 +45,7 @@ from janax.algorithms.rl_bayes.divergences import (
     TV,
     FDivergence,
     alpha,
+    divergence_terms,
     estimate_divergence,
     exact_divergence,
     f_prime,
@@ -77,17 +76,8 @@ from janax.algorithms.rl_bayes.exact import (
     twisted_log_probs,
     twisted_rows,
 )
-from janax.algorithms.rl_bayes.metrics import (
-    distinct_n,
-    exact_pass_at_k,
-    pass_at_k,
-    self_bleu,
-)
-from janax.algorithms.rl_bayes.moments import (
-    MomentFit,
-    beta_for_kl,
-    fit_lambdas,
-)
+from janax.algorithms.rl_bayes.metrics import distinct_n, exact_pass_at_k, pass_at_k, self_bleu
+from janax.algorithms.rl_bayes.moments import MomentFit, beta_for_kl, fit_lambdas
 from janax.algorithms.rl_bayes.normaliser import (
     LogZState,
     Monitor,
@@ -114,18 +104,8 @@ from janax.algorithms.rl_bayes.objectives import (
     reinforce_loss,
     token_log_probs,
 )
-from janax.algorithms.rl_bayes.preference import (
-    PreferenceInfo,
-    dpo_loss,
-    implied_reward,
-    ipo_loss,
-    population_preferences,
-)
-from janax.algorithms.rl_bayes.resampling import (
-    SCHEMES,
-    arrange,
-    resample,
-)
+from janax.algorithms.rl_bayes.preference import PreferenceInfo, dpo_loss, implied_reward, ipo_loss, population_preferences
+from janax.algorithms.rl_bayes.resampling import SCHEMES, arrange, resample
 from janax.algorithms.rl_bayes.samplers import (
     Accepted,
     Importance,
@@ -140,21 +120,7 @@ from janax.algorithms.rl_bayes.samplers import (
     rejection_sample,
     snis,
 )
-from janax.algorithms.rl_bayes.smc import (
-    Sandwich,
-    SmcResult,
-    TwistedFn,
-    draw_particle,
-    sandwich,
-    smc,
-    twisted,
-    untwisted,
-)
-from janax.algorithms.rl_bayes.tables import (
-    sample_rows,
-    table_cache,
-    table_decode_fn,
-)
+from janax.algorithms.rl_bayes.tables import sample_rows, table_cache, table_decode_fn
 from janax.algorithms.rl_bayes.target import (
     Sequences,
     Target,
@@ -179,6 +145,7 @@ from janax.algorithms.rl_bayes.token_level import (
     token_kl,
     token_kl_rl_loss,
 )
+from janax.algorithms.rl_bayes.twisted_smc import SmcResult, TwistedFn, draw_particle, smc, twisted, untwisted, with_head
 from janax.algorithms.rl_bayes.twists import (
     ctl_loss,
     fudge_loss,
@@ -206,6 +173,7 @@ __all__ = [
     "BestOfN",
     "FDivergence",
     "Importance",
+    "KlEstimate",
     "LogZState",
     "MomentFit",
     "Monitor",
@@ -241,6 +209,7 @@ __all__ = [
     "ctl_loss",
     "current_log_z",
     "distinct_n",
+    "divergence_terms",
     "dpg_loss",
     "dpo_loss",
     "draw_particle",
@@ -269,6 +238,7 @@ __all__ = [
     "ipo_loss",
     "js",
     "kl_divergence",
+    "kl_from_samples",
     "kl_rl_loss",
     "kl_rl_objective",
     "linear",
@@ -329,4 +299,5 @@ __all__ = [
     "update_window",
     "vargrad_loss",
     "window_mean",
+    "with_head",
 ]

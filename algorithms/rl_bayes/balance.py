@@ -115,12 +115,12 @@ def subtb_loss(
     t = check_shapes("rl_bayes.subtb_loss", log_pi=(log_pi, "n t"), mask=(mask, "n t"))["t"]
     check_shapes("rl_bayes.subtb_loss", log_pi=(log_pi, f"n {t}"), log_reward=(log_reward, f"n {t + 1}"), log_stop=(log_stop, f"n {t + 1}"))
     log_pi, log_reward, log_stop = widest(log_pi, log_reward, log_stop)
-    inside = jnp.cumprod((jnp.asarray(mask) != 0).astype(jnp.int32), axis=1) > 0
+    inside = jnp.cumprod(jnp.asarray(mask).astype(bool).astype(jnp.int32), axis=1) > 0
     there = jnp.concatenate([jnp.ones_like(inside[:, :1]), inside], axis=1)
     so_far = jnp.cumsum(jnp.where(inside, log_pi, jnp.zeros_like(log_pi)), axis=1)
     so_far = jnp.concatenate([jnp.zeros_like(so_far[:, :1]), so_far], axis=1)
     u = jnp.where(there, jnp.where(there, log_reward, 0.0) - so_far - jnp.where(there, log_stop, 0.0), jnp.zeros_like(so_far))
-    length = jnp.arange(t + 1)[None, :] - jnp.arange(t + 1)[:, None]
+    length = jnp.arange(t + 1, dtype=jnp.int32)[None, :] - jnp.arange(t + 1, dtype=jnp.int32)[:, None]
     powers = jnp.where(length > 0, jnp.asarray(lam).astype(u.dtype) ** jnp.maximum(length - 1, 0).astype(u.dtype), 0.0)
     pairs = jnp.where(there[:, None, :], powers[None], 0.0)
     total = jnp.sum(pairs)
@@ -152,7 +152,7 @@ def _info(loss: jax.Array, log_z: jax.Array, d: jax.Array, counted: jax.Array, s
         reward=-jnp.sum(share * d) / some,
         ess=jnp.sum(counted).astype(d.dtype),
         dead=jnp.mean(dead.astype(d.dtype)),
-        dropped=jnp.sum(~counted).astype(jnp.int32),
+        dropped=jnp.sum(~counted, dtype=jnp.int32),
         clipped=jnp.zeros_like(loss),
         skipped=mass <= 0,
     )

@@ -39,6 +39,7 @@ __all__ = [
     "TV",
     "FDivergence",
     "alpha",
+    "divergence_terms",
     "estimate_divergence",
     "exact_divergence",
     "f_prime",
@@ -122,9 +123,10 @@ def skew_reverse_kl(weight: ArrayLike = 0.1) -> FDivergence:
 
 
 def f_value(kind: FDivergence, log_ratio: ArrayLike) -> jax.Array:
-    """f(t) at t = exp(log_ratio) [...], in the form with f(1) = 0 and f'(1) = 0, which gives the same divergence."""
+    """f(t) at t = exp(log_ratio) [...], float32 or wider, as in the table at the head of the file; `f_prime` is its derivative in t."""
     l = dtypes.at_least_float32(log_ratio)
-    return jnp.asarray(kind.scale).astype(l.dtype) * divergence.f(kind.generator, l)
+    scale, offset = (jnp.asarray(x).astype(l.dtype) for x in (kind.scale, kind.offset))
+    return scale * divergence.f(kind.generator, l) + offset * jnp.expm1(l)
 
 
 def f_prime(kind: FDivergence | ArrayLike, log_ratio: ArrayLike) -> jax.Array:
@@ -140,7 +142,7 @@ def f_prime(kind: FDivergence | ArrayLike, log_ratio: ArrayLike) -> jax.Array:
     l = dtypes.at_least_float32(log_ratio)
     if isinstance(kind, FDivergence):
         return jnp.asarray(kind.scale).astype(l.dtype) * divergence.f_prime(kind.generator, l) + jnp.asarray(kind.offset).astype(l.dtype)
-    return jax.lax.switch(jnp.asarray(kind), [lambda l, one=one: f_prime(one, l) for one in FAMILY], l)
+    return jax.lax.switch(jnp.asarray(kind).astype(jnp.int32), [lambda l, one=one: f_prime(one, l) for one in FAMILY], l)
 
 
 def f_prime_inf(kind: FDivergence | ArrayLike) -> jax.Array:
@@ -148,7 +150,7 @@ def f_prime_inf(kind: FDivergence | ArrayLike) -> jax.Array:
     if isinstance(kind, FDivergence):
         return dtypes.at_least_float32(kind.slope_at_inf)
     table = jnp.array([one.slope_at_inf for one in FAMILY], dtypes.floor_dtype(jnp.result_type(float)))
-    return jnp.sum(jnp.where(jnp.arange(len(FAMILY)) == jnp.asarray(kind), table, jnp.zeros_like(table)))
+    return jnp.sum(jnp.where(jnp.arange(len(FAMILY), dtype=jnp.int32) == jnp.asarray(kind).astype(jnp.int32), table, jnp.zeros_like(table)))
 
 
 def exact_divergence(kind: FDivergence | ArrayLike, log_pi: ArrayLike, log_p: ArrayLike) -> jax.Array:
@@ -167,7 +169,7 @@ def exact_divergence(kind: FDivergence | ArrayLike, log_pi: ArrayLike, log_p: Ar
     """
     check_shapes("rl_bayes.exact_divergence", log_pi=(log_pi, "x"), log_p=(log_p, "x"))
     log_pi, log_p = widest(log_pi, log_p)
-    return jnp.sum(_each(kind, log_pi, log_p))
+    return jnp.sum(divergence_terms(kind, log_pi, log_p))
 
 
 def estimate_divergence(
@@ -191,14 +193,16 @@ def estimate_divergence(
     check_shapes("rl_bayes.estimate_divergence", log_pi=(log_pi, "n"), log_target=(log_target, "n"), log_q=(log_q, "n"), log_z=(log_z, ""))
     log_pi, log_target, log_q = widest(log_pi, log_target, log_q)
     shift = jnp.asarray(log_z).astype(log_pi.dtype) + log_q
-    return jnp.mean(_each(kind, log_pi - log_q, log_target - shift))
+    return jnp.mean(divergence_terms(kind, log_pi - log_q, log_target - shift))
 
 
-def _each(kind: FDivergence | ArrayLike, log_pi: jax.Array, log_p: jax.Array) -> jax.Array:
-    """p f(pi / p) by entries, the limits where one of them is zero included."""
+def divergence_terms(kind: FDivergence | ArrayLike, log_pi: ArrayLike, log_p: ArrayLike) -> jax.Array:
+    """p f(pi / p) by entries [...], and its limits f'(inf) pi and p f(0) where one of the two is zero; arguments as in `exact_divergence`."""
+    check_shapes("rl_bayes.divergence_terms", log_pi=(log_pi, "..."), log_p=(log_p, "..."))
+    log_pi, log_p = widest(log_pi, log_p)
     if not isinstance(kind, FDivergence):
-        branches = [lambda a, b, one=one: _each(one, a, b) for one in FAMILY]
-        return jax.lax.switch(jnp.asarray(kind), branches, log_pi, log_p)
+        branches = [lambda a, b, one=one: divergence_terms(one, a, b) for one in FAMILY]
+        return jax.lax.switch(jnp.asarray(kind).astype(jnp.int32), branches, log_pi, log_p)
     no_pi, no_p, dtype = jnp.isneginf(log_pi), jnp.isneginf(log_p), log_pi.dtype
     scale, offset, slope, zero = (jnp.asarray(x).astype(dtype) for x in (kind.scale, kind.offset, kind.slope_at_inf, kind.value_at_zero))
     both, finite = ~(no_pi | no_p), [jnp.where(gone, jnp.zeros_like(x), x) for gone, x in ((no_pi, log_pi), (no_p, log_p))]

@@ -13,6 +13,7 @@ all others have log-probability -inf. A string cut at the length without it coun
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from janax.algorithms.rl_bayes.target import Sequences
-from janax.jaxlib_ext import dtypes, logprobs
+from janax.jaxlib_ext import dtypes, logprobs, sharding
 from janax.jaxlib_ext.checks import check_shapes
 from janax.jaxlib_ext.divergence.numerics import widest
 
@@ -387,6 +388,10 @@ def exact_bounds(log_target: ArrayLike, log_q: ArrayLike, *, num_samples: int) -
     check_shapes("rl_bayes.exact_bounds", log_target=(log_target, "x"), log_q=(log_q, "x"))
     if num_samples not in (1, 2):
         raise ValueError(f"rl_bayes.exact_bounds: 'num_samples' is {num_samples}, expected 1 or 2")
+    return sharding.placed(functools.partial(_bounds, num_samples), lambda _: jax.P(), log_target, log_q)
+
+
+def _bounds(num_samples: int, log_target: ArrayLike, log_q: ArrayLike) -> tuple[jax.Array, jax.Array]:
     log_target, log_q = widest(log_target, log_q)
     drawn = ~jnp.isneginf(log_q)
     log_w = jnp.where(drawn, log_target - jnp.where(drawn, log_q, jnp.zeros_like(log_q)), -jnp.inf)
@@ -412,6 +417,10 @@ def estimator_variance(log_q: ArrayLike, gradients: ArrayLike) -> jax.Array:
       [] float32 or wider.
     """
     check_shapes("rl_bayes.estimator_variance", log_q=(log_q, "x"), gradients=(gradients, "x d"))
+    return sharding.placed(_variance, lambda _: jax.P(), log_q, gradients)
+
+
+def _variance(log_q: ArrayLike, gradients: ArrayLike) -> jax.Array:
     log_q, gradients = widest(log_q, gradients)
     q = jnp.exp(log_q)
     centred = gradients - jnp.matmul(q, gradients, precision="highest")[None]

@@ -1,12 +1,14 @@
 """Moment constraints (GDC): the multipliers of min KL(c || pi0) subject to E_c[features] = moments; and beta for a given divergence."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
-from janax.jaxlib_ext import dtypes, logprobs
+from janax.jaxlib_ext import dtypes, logprobs, sharding
 from janax.jaxlib_ext.checks import check_shapes
 from janax.jaxlib_ext.divergence.numerics import widest
 
@@ -71,11 +73,17 @@ def fit_lambdas(
 
     Reference: Khalifa et al., arXiv:2012.11635, section 2.2; their code takes plain gradient steps.
     """
-    axes = check_shapes("rl_bayes.fit_lambdas", features=(features, "n k"), moments=(moments, "k"), log_weights=(log_weights, "n"))
-    features, moments = widest(features, moments)
-    dtype = features.dtype
+    name = "rl_bayes.fit_lambdas"
+    check_shapes(name, features=(features, "n k"), moments=(moments, "k"), log_weights=(log_weights, "n"), tolerance=(tolerance, ""))
+    return sharding.placed(functools.partial(_fit, max_iters), lambda _: jax.P(), features, moments, log_weights, tolerance)
+
+
+def _fit(max_iters: int, features: ArrayLike, moments: ArrayLike, log_weights: ArrayLike | None, tolerance: ArrayLike | None) -> MomentFit:
+    features, moments, log_w = widest(
+        features, moments, np.zeros(np.shape(features)[0], np.float32) if log_weights is None else log_weights
+    )
+    dtype, k = features.dtype, features.shape[1]
     tol = jnp.asarray((1e-12 if dtype == jnp.float64 else 1e-5) if tolerance is None else tolerance).astype(dtype)
-    log_w = jnp.zeros_like(features[:, 0]) if log_weights is None else dtypes.at_least_float32(log_weights).astype(dtype)
     kept = ~jnp.isneginf(log_w)
     log_w = jnp.where(kept, log_w - logprobs.log_normalizer(log_w), -jnp.inf)
     features = jnp.where(kept[:, None], features, jnp.zeros_like(features))
@@ -83,7 +91,7 @@ def fit_lambdas(
     frozen = jax.tree.map(jax.lax.stop_gradient, (features, moments, log_w))
     chart = _whiten(frozen[0], kept)
     beside = _dot(frozen[1] - chart.centre, chart.to_frame)
-    in_span = jnp.all(chart.varies | (jnp.abs(beside) <= jnp.maximum(tol, 64 * axes["k"] * float(jnp.finfo(dtype).eps))))
+    in_span = jnp.all(chart.varies | (jnp.abs(beside) <= jnp.maximum(tol, 64 * k * float(jnp.finfo(dtype).eps))))
     wanted = _dot(frozen[1] - chart.centre, chart.to_white)
     coefficients, last, iterations = _newton(chart, wanted, frozen[2], tol, max_iters)
     # On the boundary of the hull the error vanishes too, but so does the variance across the face.
@@ -165,8 +173,10 @@ def _whiten(features: jax.Array, kept: jax.Array) -> _Chart:
 
 def _newton(chart: _Chart, wanted: jax.Array, log_w: jax.Array, tol: jax.Array, max_iters: int) -> tuple[jax.Array, _Last, jax.Array]:
     kept, tiny = ~jnp.isneginf(log_w), float(jnp.finfo(wanted.dtype).tiny) * 1e8
-    null = jnp.sum(~chart.varies)
-    counts = jnp.arange(wanted.shape[0]) >= null  # eigenvalues ascend, and the first ones belong to directions without variance
+    null = jnp.sum(~chart.varies, dtype=jnp.int32)
+    counts = (
+        jnp.arange(wanted.shape[0], dtype=jnp.int32) >= null
+    )  # eigenvalues ascend, and the first ones belong to directions without variance
 
     def look(coefficients: jax.Array) -> _Last:
         p, _ = _tilted(chart.white, log_w, coefficients)

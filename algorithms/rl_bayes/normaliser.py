@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from janax.jaxlib_ext import dtypes, logprobs
+from janax.jaxlib_ext import dtypes, logprobs, sharding
 from janax.jaxlib_ext.checks import check_shapes
 from janax.jaxlib_ext.divergence.numerics import widest
 
@@ -76,7 +76,7 @@ def update_log_z(state: LogZState, log_weights: ArrayLike, context_ids: ArrayLik
     if context_ids is None:
         new, seen = logprobs.log_normalizer(log_w), jnp.asarray(log_w.shape[0], state.count.dtype)
     else:
-        mine = jnp.asarray(context_ids)[None] == jnp.arange(state.log_sum.shape[0])[:, None]
+        mine = jnp.asarray(context_ids).astype(jnp.int32)[None] == jnp.arange(state.log_sum.shape[0], dtype=jnp.int32)[:, None]
         new = logprobs.log_normalizer(jnp.where(mine, log_w[None], -jnp.inf))
         seen = jnp.sum(mine, axis=1).astype(state.count.dtype)
     decay = jnp.asarray(decay).astype(state.log_sum.dtype)
@@ -133,6 +133,10 @@ def init_window(size: int = 1024, dtype: Any = jnp.float32) -> WindowState:
 def update_window(state: WindowState, rewards: ArrayLike) -> WindowState:
     """Takes in pseudo-rewards [n]; what is not finite is left out, so that one violated constraint does not spoil the baseline for good."""
     check_shapes("rl_bayes.update_window", rewards=(rewards, "n"))
+    return sharding.placed(_update_window, lambda _: jax.P(), state, rewards)
+
+
+def _update_window(state: WindowState, rewards: ArrayLike) -> WindowState:
     rewards = jax.lax.stop_gradient(dtypes.at_least_float32(rewards)).astype(state.values.dtype)
     size = state.values.shape[0]
     good = jnp.isfinite(rewards)
@@ -149,7 +153,7 @@ def update_window(state: WindowState, rewards: ArrayLike) -> WindowState:
 
 def window_mean(state: WindowState) -> jax.Array:
     """The mean over the window [], 0 while it is empty: the first batch has no baseline. Biased by O(1/w) only if it holds the batch itself."""
-    inside = jnp.arange(state.values.shape[0]) < state.count
+    inside = jnp.arange(state.values.shape[0], dtype=jnp.int32) < state.count
     total = jnp.sum(jnp.where(inside, state.values, jnp.zeros_like(state.values)))
     return total / jnp.maximum(state.count, 1).astype(total.dtype)
 

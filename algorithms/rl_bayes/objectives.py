@@ -28,7 +28,7 @@ from janax.algorithms.rl_bayes.normaliser import batch_log_z
 from janax.jaxlib_ext import divergence as family
 from janax.jaxlib_ext import dtypes, logprobs
 from janax.jaxlib_ext.checks import check_shapes, one_of
-from janax.jaxlib_ext.divergence.numerics import widest
+from janax.jaxlib_ext.divergence.numerics import exp, widest
 
 __all__ = [
     "ObjectiveInfo",
@@ -42,7 +42,7 @@ __all__ = [
     "token_log_probs",
 ]
 
-BASELINES = ("none", "batch_mean", "leave_one_out")
+_BASELINES = ("none", "batch_mean", "leave_one_out")
 
 
 class ObjectiveInfo(NamedTuple):
@@ -78,7 +78,7 @@ def token_log_probs(logits: ArrayLike, tokens: ArrayLike, num_tokens: ArrayLike)
       num_tokens: [n] tokens of each sequence.
     """
     check_shapes("rl_bayes.token_log_probs", logits=(logits, "n t v"), tokens=(tokens, "n t"), num_tokens=(num_tokens, "n"))
-    inside = jnp.arange(jnp.shape(tokens)[1])[None] < jnp.asarray(num_tokens)[:, None]
+    inside = jnp.arange(jnp.shape(tokens)[1], dtype=jnp.int32)[None] < jnp.asarray(num_tokens).astype(jnp.int32)[:, None]
     ids = jnp.where(inside, jnp.asarray(tokens), 0)
     return jnp.where(inside, logprobs.token_log_probs(logits, ids), 0.0)
 
@@ -152,9 +152,9 @@ def fdpg_loss(
     rewards = jnp.where(counted, rewards, jnp.zeros_like(rewards))
     rewards, clipped = _cut(rewards, max_reward)
     advantages = rewards - _baseline(name, baseline, rewards, counted, mean_weights)
-    ratio = jnp.where(counted, jnp.exp(fixed - log_q), jnp.zeros_like(fixed))
+    ratio = jnp.where(counted, exp(jnp.where(counted, fixed - log_q, jnp.zeros_like(fixed))), jnp.zeros_like(fixed))
     base = jnp.where(known, log_z, jnp.zeros_like(log_z))
-    each = divergences._each(divergence, fixed - log_q, jnp.where(jnp.isneginf(target), -jnp.inf, target - base - log_q))
+    each = divergences.divergence_terms(divergence, fixed - log_q, jnp.where(jnp.isneginf(target), -jnp.inf, target - base - log_q))
     value = _mean(jnp.where(counted, each, jnp.zeros_like(each)), mean_weights)
     extra = {"log_z": log_z, "dead": jnp.isneginf(log_target), "counted": counted, "clipped": clipped, "rewards": rewards}
     return _finish(log_pi, ratio * advantages, ratio, value, mean_weights, ~known, **extra)
@@ -198,11 +198,11 @@ def dpg_loss(
     fixed, known, alive = jax.lax.stop_gradient(log_pi), ~jnp.isneginf(log_z), ~jnp.isneginf(log_target)
     counted = ~jnp.isneginf(fixed)
     base = jnp.where(known, log_z, jnp.zeros_like(log_z))
-    ratio = jnp.where(counted, jnp.exp(fixed - log_q), jnp.zeros_like(fixed))
+    ratio = jnp.where(counted, exp(jnp.where(counted, fixed - log_q, jnp.zeros_like(fixed))), jnp.zeros_like(fixed))
     both = alive & counted
     target = jnp.where(both, log_target - base, jnp.zeros_like(fixed))
-    p_over_q = jnp.where(both, jnp.exp(target - jnp.where(both, log_q, jnp.zeros_like(log_q))), jnp.zeros_like(fixed))
-    rewards = jnp.where(both, jnp.exp(target - jnp.where(both, fixed, jnp.zeros_like(fixed))), jnp.zeros_like(fixed))
+    p_over_q = jnp.where(both, exp(target - jnp.where(both, log_q, jnp.zeros_like(log_q))), jnp.zeros_like(fixed))
+    rewards = jnp.where(both, exp(target - jnp.where(both, fixed, jnp.zeros_like(fixed))), jnp.zeros_like(fixed))
     if isinstance(baseline, str) and baseline == "z":
         level = jnp.ones_like(rewards)
     else:
@@ -408,7 +408,7 @@ def _baseline(
     """[n] what is subtracted from each reward."""
     if not isinstance(baseline, str):
         return jnp.broadcast_to(jax.lax.stop_gradient(jnp.asarray(baseline).astype(rewards.dtype)), rewards.shape)
-    one_of(name, "baseline", baseline, BASELINES + others)
+    one_of(name, "baseline", baseline, _BASELINES + others)
     if baseline == "none":
         return jnp.zeros_like(rewards)
     share = jnp.where(counted, weights, jnp.zeros_like(weights))
@@ -433,7 +433,7 @@ def _policy_gradient(
     fixed = jax.lax.stop_gradient(log_pi)
     counted = ~dead & ~jnp.isneginf(fixed)
     reward = jnp.where(counted, reward, jnp.zeros_like(reward))
-    ratio = jnp.where(counted, jnp.exp(fixed - log_q), jnp.zeros_like(fixed))
+    ratio = jnp.where(counted, exp(jnp.where(counted, fixed - log_q, jnp.zeros_like(fixed))), jnp.zeros_like(fixed))
     advantages = reward - _baseline(name, baseline, reward, counted, weights)
     zero = jnp.zeros((), reward.dtype)
     extra = {"log_z": zero, "dead": dead, "counted": counted, "clipped": jnp.zeros_like(dead), "rewards": reward}
@@ -461,14 +461,15 @@ def _finish(
     surrogate = -_mean(coefficients * jnp.where(use, log_pi, jnp.zeros_like(log_pi)), weights)
     value = jax.lax.stop_gradient(jnp.where(skipped, jnp.zeros_like(value), value))
     dtype, share = value.dtype, jnp.where(counted, weights, jnp.zeros_like(weights))
-    mass, square = _mean(ratio, weights), _mean(jnp.square(ratio), weights)
+    relative = ratio / jnp.maximum(jnp.max(ratio), float(jnp.finfo(dtype).tiny))
+    mass, square = _mean(relative, weights), _mean(jnp.square(relative), weights)
     info = ObjectiveInfo(
         value=value,
         log_z=log_z.astype(dtype),
         reward=jnp.sum(share * rewards) / jnp.maximum(jnp.sum(share), float(jnp.finfo(dtype).tiny)),
         ess=ratio.shape[0] * jnp.where(square > 0, jnp.square(mass) / jnp.where(square > 0, square, jnp.ones_like(square)), 0.0),
         dead=jnp.sum(jnp.where(dead, weights, jnp.zeros_like(weights))),
-        dropped=jnp.sum(~counted).astype(jnp.int32),
+        dropped=jnp.sum(~counted, dtype=jnp.int32),
         clipped=jnp.sum(jnp.where(clipped, weights, jnp.zeros_like(weights))),
         skipped=skipped,
     )

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from janax.jaxlib_ext import sharding
 from janax.jaxlib_ext.checks import check_shapes
 from janax.jaxlib_ext.divergence.numerics import widest
 
@@ -97,9 +98,14 @@ def population_preferences(log_q: ArrayLike, reward: ArrayLike) -> tuple[jax.Arr
     Returns:
       (i, j, label, weights), each [x^2]: first and second answer, probability that the first wins, probability of the pair.
     """
-    n = check_shapes("rl_bayes.population_preferences", log_q=(log_q, "x"), reward=(reward, "x"))["x"]
+    check_shapes("rl_bayes.population_preferences", log_q=(log_q, "x"), reward=(reward, "x"))
+    return sharding.placed(_pairs, lambda _: jax.P(), log_q, reward)
+
+
+def _pairs(log_q: ArrayLike, reward: ArrayLike) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     log_q, reward = widest(log_q, reward)
-    index = jnp.arange(n * n)
+    n = reward.shape[0]
+    index = jnp.arange(n * n, dtype=jnp.int32)
     i, j = index // n, index % n
     return i, j, jax.nn.sigmoid(reward[i] - reward[j]), jnp.exp(log_q[i] + log_q[j])
 
@@ -128,6 +134,6 @@ def _info(margin: jax.Array, share: jax.Array, kept: jax.Array) -> PreferenceInf
     info = PreferenceInfo(
         margin=jnp.sum(share * margin) / mass,
         accuracy=jnp.sum(share * 0.5 * (1 + jnp.sign(margin))) / mass,
-        kept=jnp.sum(kept).astype(jnp.int32),
+        kept=jnp.sum(kept, dtype=jnp.int32),
     )
     return jax.lax.stop_gradient(info)

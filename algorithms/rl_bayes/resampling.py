@@ -6,12 +6,14 @@ they are as usual, for the others uniforms are drawn in proportion to the number
 arXiv:cs/0507025 (schemes); Andrieu et al., 2010, and Chopin and Singh, arXiv:1304.1887 (conditional forms).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from janax.jaxlib_ext import dtypes, logprobs
+from janax.jaxlib_ext import dtypes, logprobs, sharding
 from janax.jaxlib_ext.checks import check_shapes, one_of
 
 __all__ = ["SCHEMES", "arrange", "resample"]
@@ -34,9 +36,14 @@ def resample(key: jax.Array, log_weights: ArrayLike, *, scheme: str = "systemati
     Raises:
       ValueError: on an unknown scheme.
     """
-    n = check_shapes("rl_bayes.resample", log_weights=(log_weights, "n"))["n"]
+    check_shapes("rl_bayes.resample", log_weights=(log_weights, "n"))
     one_of("rl_bayes.resample", "scheme", scheme, SCHEMES)
+    return sharding.placed(functools.partial(_resample, scheme, planted), lambda _: jax.P(), key, log_weights)
+
+
+def _resample(scheme: str, planted: bool, key: jax.Array, log_weights: ArrayLike) -> jax.Array:
     log_w = dtypes.at_least_float32(log_weights)
+    n = log_w.shape[0]
     total = logprobs.log_normalizer(log_w)
     log_w = jnp.where(jnp.isneginf(total), jnp.zeros_like(log_w), log_w)
     weights = jnp.exp(log_w - logprobs.log_normalizer(log_w))
@@ -57,7 +64,7 @@ def resample(key: jax.Array, log_weights: ArrayLike, *, scheme: str = "systemati
     elif scheme == "multinomial":
         ancestors = _invert(weights, jax.random.uniform(key_draw, (n,), weights.dtype))
         if planted:
-            ancestors = jnp.where(jnp.arange(n) == 0, 0, ancestors)
+            ancestors = jnp.where(jnp.arange(n, dtype=jnp.int32) == 0, 0, ancestors)
     else:
         copies = jnp.floor(
             n * weights * (1 + 4 * float(jnp.finfo(weights.dtype).eps))
@@ -73,7 +80,7 @@ def resample(key: jax.Array, log_weights: ArrayLike, *, scheme: str = "systemati
             drawn = jnp.where((order == certain[-1]) & among_drawn, 0, drawn)
         ancestors = jnp.where(order < certain[-1], jnp.minimum(whole, n - 1), drawn)
     if planted:  # but for rounding it is there
-        ancestors = jnp.where(jnp.any(ancestors == 0), ancestors, jnp.where(jnp.arange(n) == 0, 0, ancestors))
+        ancestors = jnp.where(jnp.any(ancestors == 0), ancestors, jnp.where(jnp.arange(n, dtype=jnp.int32) == 0, 0, ancestors))
     return ancestors.astype(jnp.int32)
 
 
@@ -86,8 +93,12 @@ def arrange(ancestors: ArrayLike) -> jax.Array:
     Returns:
       [n] int32, a permutation of `ancestors` with the most fixed points.
     """
-    n = check_shapes("rl_bayes.arrange", ancestors=(ancestors, "n"))["n"]
-    ancestors = jnp.asarray(ancestors).astype(jnp.int32)
+    check_shapes("rl_bayes.arrange", ancestors=(ancestors, "n"))
+    return sharding.placed(_arrange, lambda _: jax.P(), jnp.asarray(ancestors).astype(jnp.int32))
+
+
+def _arrange(ancestors: jax.Array) -> jax.Array:
+    n = ancestors.shape[0]
     slots = jnp.arange(n, dtype=jnp.int32)
     counts = jnp.zeros(n, jnp.int32).at[ancestors].add(1)
     vacant = counts == 0

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from janax.algorithms.rl_bayes.divergences import FDivergence, _each
-from janax.jaxlib_ext import dtypes, logprobs
+from janax.algorithms.rl_bayes.divergences import FDivergence, divergence_terms
+from janax.jaxlib_ext import dtypes, logprobs, sharding
 from janax.jaxlib_ext.checks import check_shapes
 from janax.jaxlib_ext.divergence.numerics import widest
 
@@ -247,7 +247,7 @@ def qrs(log_weights: ArrayLike, *, log_c: ArrayLike, weights: ArrayLike | None =
     over = used & (safe > log_c)
     further = jnp.zeros_like(log_c)
     if divergence is not None:
-        each = _each(divergence, jnp.where(used, kept - base_c, -jnp.inf), jnp.where(used, safe - base, -jnp.inf))
+        each = divergence_terms(divergence, jnp.where(used, kept - base_c, -jnp.inf), jnp.where(used, safe - base, -jnp.inf))
         further = jnp.sum(jnp.where(used, share * each, jnp.zeros_like(each)))
     return Qrs(
         log_c=log_c,
@@ -318,8 +318,13 @@ def independence_mh(key: jax.Array, log_weights: ArrayLike) -> tuple[jax.Array, 
     Returns:
       [n] int32, which sample the chain is at after each proposal, and the share of the n - 1 proposals that were taken [].
     """
-    n = check_shapes("rl_bayes.independence_mh", log_weights=(log_weights, "n"))["n"]
+    check_shapes("rl_bayes.independence_mh", log_weights=(log_weights, "n"))
+    return sharding.placed(_independence_mh, lambda _: jax.P(), key, log_weights)
+
+
+def _independence_mh(key: jax.Array, log_weights: ArrayLike) -> tuple[jax.Array, jax.Array]:
     log_w = dtypes.at_least_float32(log_weights)
+    n = log_w.shape[0]
     log_u = jnp.log(jax.random.uniform(key, (n,), log_w.dtype))
 
     def step(at: tuple[jax.Array, jax.Array], x: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Any, Any]:

@@ -35,8 +35,10 @@ def table_decode_fn(space: Space, *, prompt_length: int = 1) -> sampling.DecodeF
         b, t = tokens.shape
         count = jnp.full(b, t, jnp.int32) if num_tokens is None else jnp.asarray(num_tokens).astype(jnp.int32)
         held = cache.k.shape[2]
-        place = jnp.where(jnp.arange(t)[None] < count[:, None], cache.length[:, None] + jnp.arange(t, dtype=jnp.int32)[None], held)
-        k = cache.k.at[0, jnp.arange(b)[:, None], place, 0, 0].set(tokens.astype(cache.k.dtype), mode="drop")
+        place = jnp.where(
+            jnp.arange(t, dtype=jnp.int32)[None] < count[:, None], cache.length[:, None] + jnp.arange(t, dtype=jnp.int32)[None], held
+        )
+        k = cache.k.at[0, jnp.arange(b, dtype=jnp.int32)[:, None], place, 0, 0].set(tokens.astype(cache.k.dtype), mode="drop")
         new = sampling.Cache(k=k, v=cache.v, length=cache.length + count)
         text, lengths = k[0, :, :, 0, 0].astype(jnp.int32), new.length
         if prefix is not None:
@@ -51,7 +53,7 @@ def table_decode_fn(space: Space, *, prompt_length: int = 1) -> sampling.DecodeF
         at = jnp.arange(text.shape[1], dtype=jnp.int32)[None]
         inside = (at >= prompt_length) & (at < lengths[:, None])
         power = jnp.where(inside, lengths[:, None] - 1 - at, 0)
-        number = jnp.sum(jnp.where(inside, text * v ** jnp.minimum(power, space.length), 0), axis=1)
+        number = jnp.sum(jnp.where(inside, text * v ** jnp.minimum(power, space.length), 0), axis=1, dtype=jnp.int32)
         valid = (depth >= 0) & (depth < space.length)
         row = jnp.where(valid, jnp.asarray(offsets)[jnp.clip(depth, 0, space.length)] + number, 0)
         rows = params[row] if params.ndim == 2 else params[text[:, 0], row]

@@ -53,7 +53,7 @@ class Sequences(NamedTuple):
     def mask(self) -> jax.Array:
         """[... t] whether a token counts."""
         steps = jax.lax.broadcasted_iota(jnp.int32, jnp.shape(self.tokens), jnp.ndim(self.tokens) - 1)
-        return steps < jnp.asarray(self.num_tokens)[..., None]
+        return steps < jnp.asarray(self.num_tokens).astype(jnp.int32)[..., None]
 
 
 @jax.tree_util.register_dataclass
@@ -204,7 +204,7 @@ class _Accepted:
     fn: Callable[..., jax.Array]
 
     def __call__(self, params: Any, *args: Any) -> jax.Array:
-        accepted = jnp.asarray(self.fn(params, *args)) != 0
+        accepted = jnp.asarray(self.fn(params, *args)).astype(bool)
         return jnp.where(accepted, 0.0, -jnp.inf).astype(dtypes.floor_dtype(jnp.result_type(float)))
 
 

@@ -65,7 +65,7 @@ def token_kl(log_pi: ArrayLike, log_prior: ArrayLike, mask: ArrayLike, *, estima
     check_shapes("rl_bayes.token_kl", log_pi=(log_pi, "n t"), log_prior=(log_prior, "n t"), mask=(mask, "n t"))
     one_of("rl_bayes.token_kl", "estimator", estimator, ("k1", "k2", "k3"))
     term = {"k1": divergence.k1, "k2": divergence.k2, "k3": divergence.k3}[estimator]
-    inside = jnp.asarray(mask) != 0
+    inside = jnp.asarray(mask).astype(bool)
     log_pi, log_prior = (jnp.where(inside, x, jnp.zeros_like(x)) for x in widest(log_pi, log_prior))
     return jnp.sum(term(log_pi, log_prior), axis=1)
 
@@ -76,8 +76,8 @@ def penalised_rewards(log_pi: ArrayLike, log_prior: ArrayLike, reward: ArrayLike
         "rl_bayes.penalised_rewards", log_pi=(log_pi, "n t"), log_prior=(log_prior, "n t"), reward=(reward, "n"), mask=(mask, "n t")
     )
     log_pi, log_prior, reward = (jax.lax.stop_gradient(x) for x in widest(log_pi, log_prior, reward))
-    inside = jnp.asarray(mask) != 0
-    steps = jnp.arange(inside.shape[1])[None]
+    inside = jnp.asarray(mask).astype(bool)
+    steps = jnp.arange(inside.shape[1], dtype=jnp.int32)[None]
     last = steps == jnp.max(jnp.where(inside, steps, -1), axis=1, keepdims=True)
     gap = jnp.where(inside, log_pi, jnp.zeros_like(log_pi)) - jnp.where(inside, log_prior, jnp.zeros_like(log_pi))
     return -jnp.asarray(beta).astype(gap.dtype) * gap + jnp.where(last & inside, reward[:, None], jnp.zeros_like(gap))
@@ -127,7 +127,7 @@ def token_kl_rl_loss(
     name = "rl_bayes.token_kl_rl_loss"
     one_of(name, "baseline", baseline, ("none", "leave_one_out"))
     rewards = penalised_rewards(log_pi, log_prior, reward, mask, beta=beta)
-    inside = jnp.asarray(mask) != 0
+    inside = jnp.asarray(mask).astype(bool)
     advantages = reward_to_go(rewards)
     n = advantages.shape[0]
     if baseline == "leave_one_out" and n > 1:
@@ -145,7 +145,7 @@ def gae(rewards: ArrayLike, values: ArrayLike, mask: ArrayLike, *, gamma: ArrayL
     """
     check_shapes("rl_bayes.gae", rewards=(rewards, "n t"), values=(values, "n t"), mask=(mask, "n t"))
     rewards, values = (jax.lax.stop_gradient(x) for x in widest(rewards, values))
-    inside = jnp.asarray(mask) != 0
+    inside = jnp.asarray(mask).astype(bool)
     values, rewards = (jnp.where(inside, x, jnp.zeros_like(x)) for x in (values, rewards))
     gamma = jnp.asarray(gamma).astype(values.dtype)
     following = jnp.concatenate([values[:, 1:], jnp.zeros_like(values[:, :1])], axis=1)
@@ -201,7 +201,7 @@ def ppo_penalty_loss(
     per_token = {"log_pi": log_pi, "log_old": log_old, "log_prior": log_prior, "mask": mask, "values": values, "old_values": old_values}
     check_shapes("rl_bayes.ppo_penalty_loss", **{k: (v, "n t") for k, v in per_token.items()}, reward=(reward, "n"))
     log_pi, log_old, log_prior, values, old_values = widest(log_pi, log_old, log_prior, values, old_values)
-    inside = jnp.asarray(mask) != 0
+    inside = jnp.asarray(mask).astype(bool)
     log_pi, log_old, log_prior, values, old_values = (
         jnp.where(inside, x, jnp.zeros_like(x)) for x in (log_pi, log_old, log_prior, values, old_values)
     )

@@ -39,7 +39,7 @@ def token_values(log_psi: ArrayLike, tokens: ArrayLike, num_tokens: ArrayLike) -
     """log psi of the tokens that are there [n t], from log psi of all next tokens [n t v]; 0 in padding."""
     check_shapes("rl_bayes.token_values", log_psi=(log_psi, "n t v"), tokens=(tokens, "n t"), num_tokens=(num_tokens, "n"))
     (log_psi,) = widest(log_psi)
-    chosen = jnp.arange(log_psi.shape[2])[None, None] == jnp.asarray(tokens)[..., None]
+    chosen = jnp.arange(log_psi.shape[2], dtype=jnp.int32)[None, None] == jnp.asarray(tokens).astype(jnp.int32)[..., None]
     here = jnp.sum(jnp.where(chosen, log_psi, jnp.zeros_like(log_psi)), axis=2)
     return jnp.where(_inside(tokens, num_tokens), here, jnp.zeros_like(here))
 
@@ -137,7 +137,7 @@ def soft_q_loss(
     )
     log_psi, soft_values, phi = widest(log_psi, soft_values, phi)
     inside = _inside(log_psi, num_tokens)
-    last = jnp.arange(log_psi.shape[1])[None] == jnp.asarray(num_tokens)[:, None] - 1
+    last = jnp.arange(log_psi.shape[1], dtype=jnp.int32)[None] == jnp.asarray(num_tokens).astype(jnp.int32)[:, None] - 1
     following = jnp.concatenate([soft_values[:, 1:], jnp.zeros_like(soft_values[:, :1])], axis=1)
     wanted = jax.lax.stop_gradient(jnp.where(last, phi[:, None], following))
     wanted = wanted if floor is None else jnp.maximum(wanted, jnp.asarray(floor).astype(wanted.dtype))
@@ -216,11 +216,11 @@ def squared_loss(log_psi: ArrayLike, phi: ArrayLike, num_tokens: ArrayLike) -> j
 def path_consistency_loss(
     log_q: ArrayLike, log_prior: ArrayLike, log_psi: ArrayLike, phi: ArrayLike, num_tokens: ArrayLike, *, floor: ArrayLike | None = None
 ) -> jax.Array:
-    """Log-variance on sub-sequences: for every pair s < t of the same sample, the square of
+    """Path consistency, that is log-variance on sub-sequences: log weights of prefixes should not change along a sequence.
 
-        (log psi_t - log psi_s) + sum_{s < u <= t} (log pi0 - log q)(x_u), psi_T = exp(phi) at the end, psi_0 free: the batch's mean instead,
-
-    averaged over pairs and samples; zero if and only if q is the twist-induced proposal of psi = psi*. Couples the samples through psi_0.
+    w_t = log psi_t(x_<=t) + sum_{u<=t} (log pi0 - log q)(x_u), with psi_T = exp(phi), is log Z at every t if and only if psi = psi* and q is its
+    twist-induced proposal. Mean of (w_t - w_s)^2 over all pairs s < t of a sample, t = 0 standing for the batch's mean of w_1, which couples
+    the samples.
 
     Args:
       log_q: [n t] of the proposal, differentiated.
@@ -245,7 +245,7 @@ def path_consistency_loss(
     phi = phi if floor is None else jnp.maximum(phi, jnp.asarray(floor).astype(phi.dtype))
     kept = ~jnp.isneginf(phi)
     inside = _inside(log_psi, num_tokens) & kept[:, None]
-    last = jnp.arange(log_psi.shape[1])[None] == jnp.asarray(num_tokens)[:, None] - 1
+    last = jnp.arange(log_psi.shape[1], dtype=jnp.int32)[None] == jnp.asarray(num_tokens).astype(jnp.int32)[:, None] - 1
     value = jnp.where(last, jnp.where(kept, phi, jnp.zeros_like(phi))[:, None], log_psi)
     gap = jnp.where(inside, log_prior - log_q, jnp.zeros_like(log_q))
     weight = jnp.where(inside, value, jnp.zeros_like(value)) + jnp.cumsum(
@@ -254,16 +254,18 @@ def path_consistency_loss(
     first, ones = weight[:, :1], inside[:, :1].astype(weight.dtype)
     count = jnp.sum(ones)
     start = jnp.sum(jnp.where(ones > 0, first, jnp.zeros_like(first))) / jnp.maximum(count, 1)
-    weight = jnp.concatenate([jnp.broadcast_to(start, first.shape), weight], axis=1)
+    weight = jnp.concatenate([jnp.zeros_like(first) + start, weight], axis=1)
     there = jnp.concatenate([inside[:, :1], inside], axis=1)
     t = weight.shape[1]
-    pairs = there[:, :, None] & there[:, None, :] & (jnp.arange(t)[:, None] < jnp.arange(t)[None, :])[None]
+    pairs = (
+        there[:, :, None] & there[:, None, :] & (jnp.arange(t, dtype=jnp.int32)[:, None] < jnp.arange(t, dtype=jnp.int32)[None, :])[None]
+    )
     total = jnp.sum(jnp.where(pairs, jnp.square(weight[:, None, :] - weight[:, :, None]), 0.0))
     return total / jnp.maximum(jnp.sum(pairs), 1).astype(total.dtype)
 
 
 def _inside(like: ArrayLike, num_tokens: ArrayLike) -> jax.Array:
-    return jnp.arange(jnp.shape(like)[1])[None] < jnp.asarray(num_tokens)[:, None]
+    return jnp.arange(jnp.shape(like)[1], dtype=jnp.int32)[None] < jnp.asarray(num_tokens).astype(jnp.int32)[:, None]
 
 
 def _shares(log_weights: jax.Array) -> jax.Array:

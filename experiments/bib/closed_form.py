@@ -47,7 +47,7 @@ def _study(config: EhrlichConfig, session: Session) -> dict[str, Any]:
     data = jax.jit(jax.vmap(functools.partial(_draw, config)))(keys[:, 0])
     standardised = jax.vmap(lambda y: (y - y.mean()) / (y.std() + 1e-9))(data.scores)
     letters = config.num_letters
-    fit = functools.partial(baselines.fit_ensemble, num_letters=letters, num_steps=500)
+    fit = functools.partial(baselines.fit_ensemble, num_letters=letters, num_steps=400, widths=(128, 128))
     ensembles = jax.jit(jax.vmap(lambda key, t, y: fit(key, t, y).params))(keys[:, 1], data.tokens, standardised)
     model = _network(config)
     params = pretraining.initial_params(model, jax.random.key(1))

@@ -136,7 +136,7 @@ class BaselinesConfig:
     """Seeds of perceptrons and search together."""
     num_designs: int = 128
     """Designs."""
-    fit_steps: int = 1500
+    fit_steps: int = 800
     """Steps of the perceptrons, batches of 256."""
 
     def __post_init__(self) -> None:
@@ -176,7 +176,7 @@ class EhrlichConfig:
     """Motifs."""
     motif_length: int = 4
     """Letters of a motif."""
-    num_rows: int = 4000
+    num_rows: int = 2000
     """Offline rows: feasible sequences and their mutants."""
     num_seeds: int = 8
     """Instances of the function, each with its own data."""
@@ -187,7 +187,7 @@ class EhrlichConfig:
         room = self.num_motifs * self.motif_length
         check(self.length >= room, "ehrlich.length", f"at least motifs x letters ({room})", self.length, str(room))
         check(self.num_seeds >= 2, "ehrlich.num_seeds", "at least 2: intervals need them", self.num_seeds, "8")
-        check(self.num_rows >= self.num_designs, "ehrlich.num_rows", "at least ehrlich.num_designs", self.num_rows, "4000")
+        check(self.num_rows >= self.num_designs, "ehrlich.num_rows", "at least ehrlich.num_designs", self.num_rows, "2000")
 
 
 @dataclasses.dataclass(frozen=True)

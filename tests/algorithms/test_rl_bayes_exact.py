@@ -361,17 +361,16 @@ def test_bounds_by_summation(x64):
         np.testing.assert_allclose(bounds, wanted, atol=5.1e-11)
 
 
-def test_on_meshes(mesh):
-    """Sequences spread over devices: the same numbers."""
-    prior = reference.sequence_log_probs(reference.PRIOR).astype(np.float32)
-    phi = (reference.REWARD / 0.5).astype(np.float32)
-    f = jax.jit(jax.value_and_grad(lambda a, b: rl_bayes.posterior(a, b).log_z))
-    wanted, wanted_gradient = f(prior, phi)
-    if mesh is not None:
-        prior, phi = (jax.device_put(x, jax.NamedSharding(mesh, jax.P("data"))) for x in (prior, phi))
-    value, gradient = f(prior, phi)
-    np.testing.assert_allclose(value, wanted, rtol=1e-6)
-    np.testing.assert_allclose(gradient, wanted_gradient, rtol=1e-5, atol=1e-9)
+def test_limits_of_beta(x64, strict):
+    """T6: the prior and no cost for large beta; the best sequence and its reward for small."""
+    log_prior = reference.sequence_log_probs(reference.PRIOR)
+    of_beta = jax.jit(lambda beta: rl_bayes.posterior(log_prior, reference.REWARD / beta))
+    warm, cold = of_beta(1e6), of_beta(1e-3)
+    np.testing.assert_allclose(warm.log_probs, log_prior, atol=1e-5)
+    np.testing.assert_allclose(1e6 * warm.log_z, np.exp(log_prior) @ reference.REWARD, rtol=1e-5)
+    np.testing.assert_allclose(np.exp(cold.log_probs)[np.argmax(reference.REWARD)], 1, rtol=1e-9)
+    best = np.argmax(reference.REWARD)
+    np.testing.assert_allclose(1e-3 * cold.log_z, reference.REWARD[best] + 1e-3 * log_prior[best], rtol=1e-12)
 
 
 def test_messages():

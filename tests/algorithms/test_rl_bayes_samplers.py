@@ -215,12 +215,3 @@ def test_metrics():
         rl_bayes.self_bleu(["a"])
     with pytest.raises(ValueError, match="k = 11"):
         rl_bayes.pass_at_k(10, 3, 11)
-
-
-def test_float32_and_meshes(mesh):
-    log_w = LOG_W[draws(512)].astype(np.float32)
-    f = jax.jit(lambda w: (rl_bayes.importance(w)[:2], rl_bayes.qrs(w, log_c=-1.0)))
-    wanted = f(log_w)
-    placed = log_w if mesh is None else jax.device_put(log_w, jax.NamedSharding(mesh, jax.P("data")))
-    for ours, theirs in zip(jax.tree.leaves(f(placed)), jax.tree.leaves(wanted)):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)

@@ -123,7 +123,11 @@ def test_proposals(x64, strict):
     mean_is(one.log_z, LOG_Z - reference.kl(log_q, LOG_P))
     bound = run(jax.random.key(6), rows, noisy, PHI, 0.5, exact_samples(RUNS, seed=1), runs=RUNS, particles=1)
     mean_is(bound.log_z, LOG_Z + reference.kl(LOG_P, log_q))
-    place = SPACE.index(one.tokens[:, 0])
+    place, exact = SPACE.index(one.tokens[:, 0]), SPACE.index(exact_samples(RUNS, seed=1).tokens)
+    target = PRIOR + PHI
+    found = jax.jit(rl_bayes.kl_from_samples)(target[place], log_q[place], target[exact], log_q[exact], log_z=LOG_Z)
+    assert abs(found.q_p - reference.kl(log_q, LOG_P)) < 4 * found.q_p_error and found.q_p_error < 0.05
+    assert abs(found.p_q - reference.kl(LOG_P, log_q)) < 4 * found.p_q_error and found.p_q_error < 0.05
     np.testing.assert_allclose(np.sum(one.log_q[:, 0], axis=1), log_q[place], rtol=1e-10)
     np.testing.assert_allclose(np.sum(one.log_prior[:, 0], axis=1), PRIOR[place], rtol=1e-10)
     np.testing.assert_allclose(one.log_z, (PRIOR + PHI)[place] - log_q[place], rtol=1e-9, atol=1e-10)

@@ -39,14 +39,10 @@ def test_verdicts_come_from_intervals(session):
         "Adaptive-gamma + Adaptive-eta": reports(0.76 + seeds),
         methods.BEST: reports(0.85 + seeds, designs=np.zeros((4, 8), int).tolist()),
     }
-    variants["forward"][0]["curves"] = {
-        "median": [0.1, 0.2],
-        "gamma": [0.5, 0.4],
-        "eta": [0.1, 0.1],
-        "start": [0.1],
-        "end": [0.2],
-        "predicted": [0.3],
-    }
+    curves = {"median": [0.1, 0.2], "gamma": [0.5, 0.4], "eta": [0.1, 0.1], "start": [0.1], "end": [0.2], "predicted": [0.3]}
+    for name in methods.VARIANTS:
+        if name in variants:
+            variants[name][0]["curves"] = curves
     found = {
         "methods": {
             "encoder": {"r2": 0.71},
@@ -107,8 +103,8 @@ def test_the_walk_is_the_same_for_tasks_together_and_apart():
 
 
 def test_every_baseline_hands_out_designs():
-    tokens = jnp.asarray(tasks.all_sequences(3))
-    scores = jnp.asarray(np.random.default_rng(0).normal(size=64), jnp.float32)
+    tokens = jnp.asarray(tasks.all_sequences(4))
+    scores = jnp.asarray(np.random.default_rng(0).normal(size=256), jnp.float32)
     runs = rivals.searches(4, tokens, scores, 4)
     assert set(runs) == set(BaselinesConfig().methods)
 

@@ -7,7 +7,7 @@ exp(phi). The model is a decode_fn, see `janax.jaxlib_ext.sampling`, that tells 
     twisted_fn(...) -> ((logits, log_psi, proposal_logits [b v]), cache)                          # for proposal="given"
 
 `untwisted(decode_fn)` has no twists (log psi = 0); `twisted(decode_fn, twist_decode_fn)` takes them from a second decoder; `table_decode_fn` makes a
-decoder of a table. A cache may be any tree of `Cache`s with one row per prompt.
+decoder of a table; `with_head` puts a twist head on a network's hidden states. A cache may be any tree of `Cache`s with one row per prompt.
 
     result = smc(twisted(lm, twist), (params, twist_params), key, (cache, twist_cache), prompts, num_tokens, target,
                  num_particles=256, max_new_tokens=64)
@@ -32,7 +32,7 @@ from janax.algorithms.rl_bayes.target import Sequences, Target, log_potential
 from janax.jaxlib_ext import dtypes, logprobs, sampling, sharding
 from janax.jaxlib_ext.checks import check_shapes, one_of
 
-__all__ = ["Sandwich", "SmcResult", "TwistedFn", "draw_particle", "sandwich", "smc", "twisted", "untwisted"]
+__all__ = ["SmcResult", "TwistedFn", "draw_particle", "smc", "twisted", "untwisted", "with_head"]
 
 TwistedFn = Callable[..., tuple[tuple[jax.Array | None, ...], Any]]
 
@@ -112,6 +112,29 @@ def twisted(decode_fn: sampling.DecodeFn, twist_decode_fn: sampling.DecodeFn) ->
         logits, first = decode_fn(params[0], cache[0], tokens, num_tokens=num_tokens, prefix=prefixes[0])
         log_psi, second = twist_decode_fn(params[1], cache[1], tokens, num_tokens=num_tokens, prefix=prefixes[1])
         return (logits, log_psi), (first, second)
+
+    return fn
+
+
+def with_head(
+    extend_fn: Callable[..., tuple[jax.Array, Any]],
+    unembed_fn: Callable[[Any, jax.Array], jax.Array],
+    twist_fn: Callable[[Any, jax.Array], jax.Array],
+) -> TwistedFn:
+    """Prior and twists from one network: a twist head on the hidden states of the (frozen) prior; params (params, twist_params).
+
+    Args:
+      extend_fn: As a decode_fn, but returns the hidden states [b t d] of all new tokens and the cache. Static.
+      unembed_fn: (params, h [b d]) -> logits [b v]. Static.
+      twist_fn: (twist_params, h [b d]) -> log psi [b v] of all next tokens. Static.
+    """
+
+    def fn(params: Any, cache: Any, tokens: ArrayLike, num_tokens: ArrayLike | None = None, prefix: Any = None) -> Any:
+        h, cache = extend_fn(params[0], cache, tokens, num_tokens=num_tokens, prefix=prefix)
+        if num_tokens is not None and h.shape[1] > 1:
+            last = jnp.maximum(jnp.asarray(num_tokens).astype(jnp.int32) - 1, 0)
+            h = jnp.take_along_axis(h, last[:, None, None], axis=1)
+        return (unembed_fn(params[0], h[:, -1]), twist_fn(params[1], h[:, -1])), cache
 
     return fn
 
@@ -224,7 +247,7 @@ class _Fixed(NamedTuple):
     @property
     def slot_zero(self) -> jax.Array:
         """[r] whether a row is the first particle of its prompt."""
-        return jnp.arange(self.rows) % self.n == 0
+        return jnp.arange(self.rows, dtype=jnp.int32) % self.n == 0
 
     def per_particle(self, x: jax.Array) -> jax.Array:
         """[g ...] -> [r ...]."""
@@ -323,11 +346,11 @@ def _emit(fixed: _Fixed, state: _State, outputs: tuple[jax.Array | None, ...], s
             step_weight = step_weight + clean(prior_here) - clean(q_here)
     step_weight = jnp.where(active, jnp.where(alive, step_weight, -jnp.inf), jnp.zeros_like(step_weight))
 
-    here = (jnp.arange(fixed.m)[None] == step) & active[:, None]
+    here = (jnp.arange(fixed.m, dtype=jnp.int32)[None] == step) & active[:, None]
     put = lambda whole, x: jnp.where(here, x[:, None], whole)  # noqa: E731
     stops = jnp.any(token[:, None] == fixed.stop_tokens[None], axis=1)
     log_weights = state.log_weights + step_weight.reshape(fixed.g, fixed.n)
-    now = jnp.arange(fixed.m)[None] == step
+    now = jnp.arange(fixed.m, dtype=jnp.int32)[None] == step
     return state._replace(
         tokens=put(state.tokens, token),
         num_tokens=state.num_tokens + active.astype(jnp.int32),
@@ -345,10 +368,10 @@ def _select(fixed: _Fixed, state: _State, step: jax.Array) -> _State:
     """Resamples the prompts whose particles have become too unequal."""
     g, n = fixed.g, fixed.n
     total = logprobs.log_normalizer(state.log_weights)
-    now = jnp.arange(fixed.m)[None] == step
+    now = jnp.arange(fixed.m, dtype=jnp.int32)[None] == step
     ess = jnp.sum(jnp.where(now, state.ess, jnp.zeros_like(state.ess)), axis=1)
     go = (ess < jnp.asarray(fixed.threshold).astype(ess.dtype) * n) & ~jnp.isneginf(total)
-    keys = jax.vmap(lambda group: jax.random.fold_in(jax.random.fold_in(fixed.key_resample, group), step))(jnp.arange(g))
+    keys = jax.vmap(lambda group: jax.random.fold_in(jax.random.fold_in(fixed.key_resample, group), step))(jnp.arange(g, dtype=jnp.int32))
     planted = fixed.planted is not None
     ancestors = jax.vmap(lambda key, lw: arrange(resample(key, lw, scheme=fixed.scheme, planted=planted)))(keys, state.log_weights)
     ancestors = jnp.where(go[:, None], ancestors, jnp.arange(n, dtype=jnp.int32)[None])
@@ -454,48 +477,3 @@ def draw_particle(key: jax.Array, result: SmcResult) -> tuple[Sequences, jax.Arr
     index = jnp.argmax(result.log_weights + noise, axis=1).astype(jnp.int32)
     tokens = jnp.take_along_axis(result.tokens, index[:, None, None], axis=1)[:, 0]
     return Sequences(tokens, jnp.take_along_axis(result.num_tokens, index[:, None], axis=1)[:, 0]), index
-
-
-class Sandwich(NamedTuple):
-    """log Z from both sides; each [...].
-
-    Attributes:
-      lower: Mean of log Z estimates from the algorithm, at most log Z in expectation.
-      upper: Mean of those with an exact sample planted, at least log Z in expectation.
-      lower_error: Standard error of the mean.
-      upper_error: Standard error of the mean.
-      midpoint: (lower + upper) / 2.
-      gap: upper - lower, which bounds the symmetrised KL of one returned sample and p.
-    """
-
-    lower: jax.Array
-    upper: jax.Array
-    lower_error: jax.Array
-    upper_error: jax.Array
-    midpoint: jax.Array
-    gap: jax.Array
-
-
-def sandwich(lower: ArrayLike, upper: ArrayLike) -> Sandwich:
-    """Bidirectional bounds from runs of `smc` without and with planted exact samples.
-
-    Args:
-      lower: [... s] log Z of s runs.
-      upper: [... s] log Z of s runs, each with its own exact sample of p planted; samples of a trained policy give no bound.
-
-    Returns:
-      The bounds over the last axis; -inf below if a run has lost all particles.
-
-    Reference: Zhao et al., arXiv:2404.17546, Prop. 5.1.
-    """
-    check_shapes("rl_bayes.sandwich", lower=(lower, "... s"), upper=(upper, "... z"))
-    (low, low_error), (high, high_error) = (_mean_and_error(dtypes.at_least_float32(x)) for x in (lower, upper))
-    return Sandwich(lower=low, upper=high, lower_error=low_error, upper_error=high_error, midpoint=0.5 * (low + high), gap=high - low)
-
-
-def _mean_and_error(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    n = x.shape[-1]
-    mean = jnp.mean(x, axis=-1)
-    finite = jnp.isfinite(mean)
-    gap = jnp.where(finite[..., None], x - jnp.where(finite, mean, jnp.zeros_like(mean))[..., None], jnp.zeros_like(x))
-    return mean, jnp.where(finite, jnp.sqrt(jnp.sum(jnp.square(gap), axis=-1) / max(n - 1, 1) / n), jnp.inf)

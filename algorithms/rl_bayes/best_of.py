@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from janax.jaxlib_ext import dtypes, logprobs
+from janax.jaxlib_ext import dtypes, logprobs, sharding
 from janax.jaxlib_ext.checks import check_shapes
 from janax.jaxlib_ext.divergence.numerics import widest
 
@@ -62,8 +62,13 @@ def best_of_n(log_prior: ArrayLike, reward: ArrayLike, *, num_samples: ArrayLike
     Raises:
       ValueError: if shapes do not agree.
     """
-    n = check_shapes("rl_bayes.best_of_n", log_prior=(log_prior, "x"), reward=(reward, "x"), num_samples=(num_samples, ""))["x"]
+    check_shapes("rl_bayes.best_of_n", log_prior=(log_prior, "x"), reward=(reward, "x"), num_samples=(num_samples, ""))
+    return sharding.placed(_best_of_n, lambda _: jax.P(), log_prior, reward, num_samples)
+
+
+def _best_of_n(log_prior: ArrayLike, reward: ArrayLike, num_samples: ArrayLike) -> BestOfN:
     log_prior, reward = widest(log_prior, reward)
+    n = reward.shape[0]
     count = jnp.asarray(num_samples).astype(log_prior.dtype)
     there = ~jnp.isneginf(log_prior)
     prior = jnp.where(there, jnp.exp(jnp.where(there, log_prior, jnp.zeros_like(log_prior))), jnp.zeros_like(log_prior))
@@ -157,6 +162,10 @@ def best_of_n_potential(reward: ArrayLike, prior_rewards: ArrayLike, *, num_samp
       [...] log-potential; -inf below all prior samples (for N > 1).
     """
     check_shapes("rl_bayes.best_of_n_potential", prior_rewards=(prior_rewards, "k"))
+    return sharding.placed(_potential, lambda _: jax.P(), reward, prior_rewards, num_samples)
+
+
+def _potential(reward: ArrayLike, prior_rewards: ArrayLike, num_samples: ArrayLike) -> jax.Array:
     reward, prior_rewards, count = widest(reward, prior_rewards, num_samples)
     below = jnp.searchsorted(jnp.sort(prior_rewards), reward, side="right").astype(reward.dtype)
     some = below > 0
