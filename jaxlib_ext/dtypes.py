@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-__all__ = ["at_least_float32", "floor_dtype"]
+__all__ = ["at_least_float32", "floor_dtype", "widest_dtype"]
 
 
 def floor_dtype(dtype: DTypeLike) -> jnp.dtype:
@@ -22,3 +22,8 @@ def at_least_float32(x: ArrayLike) -> jax.Array:
     """`x` as float32, or float64 if it was that already. Works under strict dtype promotion."""
     x = jnp.asarray(x)
     return x.astype(floor_dtype(x.dtype))
+
+
+def widest_dtype() -> jnp.dtype:
+    """float64 where it is enabled (`jax.enable_x64`), else float32: for sums and solves that lose too many digits otherwise."""
+    return jnp.dtype(jax.dtypes.canonicalize_dtype(jnp.float64))

@@ -72,7 +72,7 @@ class LeaveOneOut(NamedTuple):
 
 def _wide(*arrays: ArrayLike) -> tuple[jax.Array, ...]:
     """As float64 where it is enabled, else float32."""
-    return tuple(jnp.asarray(x).astype(dtypes.floor_dtype(jnp.float64 if jax.config.jax_enable_x64 else jnp.float32)) for x in arrays)
+    return tuple(jnp.asarray(x).astype(dtypes.widest_dtype()) for x in arrays)
 
 
 # --- sums over rows
@@ -109,8 +109,8 @@ def gram(
         raise ValueError(f"ridge.gram: 'block_size' must be at least 1, got {block_size}")
     features, targets = jnp.asarray(features), jnp.asarray(targets)
     weights = jnp.ones_like(targets, dtypes.floor_dtype(targets.dtype)) if weights is None else jnp.asarray(weights)
-    whole = block_size is None or block_size >= n
-    sums = _sums(features, targets, weights) if whole else _block_sums(features, targets, weights, block_size)
+    size = n if block_size is None else block_size
+    sums = _sums(features, targets, weights) if size >= n else _block_sums(features, targets, weights, size)
     if axis_name is not None:
         sums = jax.lax.psum(sums, axis_name)
     phi_phi, phi_y, y_y, count = sums

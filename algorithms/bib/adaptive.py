@@ -92,13 +92,10 @@ def adam_direction(
       [...] direction in the moments' dtype, and the state.
     """
     count, g = state.count + 1, g.astype(state.m.dtype)
+    b1, b2 = jnp.asarray(b1, g.dtype), jnp.asarray(b2, g.dtype)
     m, v = b1 * state.m + (1 - b1) * g, b2 * state.v + (1 - b2) * g * g
-    mhat, vhat = m / (1 - _power(b1, count, g.dtype)), v / (1 - _power(b2, count, g.dtype))
-    return mhat / (_root(vhat) + eps), AdamState(m, v, count)
-
-
-def _power(base: ArrayLike, count: jax.Array, dtype: Any) -> jax.Array:
-    return jnp.asarray(base, dtype) ** count.astype(dtype)
+    mhat, vhat = (x / (1 - base ** count.astype(g.dtype)) for x, base in ((m, b1), (v, b2)))
+    return mhat / (_root(vhat) + jnp.asarray(eps, g.dtype)), AdamState(m, v, count)
 
 
 def _root(x: jax.Array) -> jax.Array:

@@ -208,6 +208,7 @@ def step(
             return found.forward
         if mode == "backward":
             return found.backward
+        gamma = jnp.asarray(gamma)
         return (gamma * found.forward + (1 - gamma) * found.backward).astype(found.forward.dtype)
 
     def ahead(gamma: jax.Array, eta: jax.Array) -> jax.Array:

@@ -97,8 +97,7 @@ def standardise(scores: ArrayLike, *, ddof: int = 1) -> tuple[jax.Array, Scale]:
     n = check_shapes("bib.standardise", scores=(scores, "n"))["n"]
     if n <= ddof:
         raise ValueError(f"bib.standardise: 'scores' has {n} entries, expected more than ddof = {ddof}")
-    y = dtypes.at_least_float32(scores)
-    y = y.astype(dtypes.floor_dtype(jnp.float64 if jax.config.jax_enable_x64 else y.dtype))
+    y = jnp.asarray(scores).astype(dtypes.widest_dtype())
     mean, std = jnp.mean(y), jnp.std(y, ddof=ddof)
     return (y - mean) / (std + 1e-9), Scale(mean, std)
 
@@ -136,8 +135,7 @@ def fit_proxy(
     if axis_name is None:
         y, scale = standardise(scores, ddof=ddof)
     else:
-        y = dtypes.at_least_float32(scores)
-        y = y.astype(dtypes.floor_dtype(jnp.float64 if jax.config.jax_enable_x64 else y.dtype))
+        y = jnp.asarray(scores).astype(dtypes.widest_dtype())
         count = jax.lax.psum(y.shape[0], axis_name)
         mean = jax.lax.psum(jnp.sum(y), axis_name) / count
         std = jnp.sqrt(jax.lax.psum(jnp.sum((y - mean) ** 2), axis_name) / (count - ddof))

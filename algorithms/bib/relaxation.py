@@ -146,7 +146,7 @@ def log_odds(tokens: ArrayLike, *, num_letters: int, smoothing: float = 0.6) -> 
     Reference: Design-Bench, as used by BDI (arXiv:2209.07507).
     """
     require_integers("bib.log_odds", tokens=tokens)
-    dtype = dtypes.floor_dtype(jnp.float64 if jax.config.jax_enable_x64 else jnp.float32)
+    dtype = dtypes.widest_dtype()
     soft = smoothing * jax.nn.one_hot(tokens, num_letters, dtype=dtype) + (1 - smoothing) / num_letters
     log_soft = jnp.log(soft)
     z = log_soft[..., 1:] - log_soft[..., :1]

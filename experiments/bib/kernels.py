@@ -25,11 +25,11 @@ def study(config: Config, session: Session, trained: pretraining.Trained) -> dic
     offline, oracle = tasks.tfbind8("SIX6_REF_R1", config.kernels.split)
     rows = np.random.default_rng(0).permutation(len(offline.scores))[: config.kernels.num_rows]
     part = offline._replace(tokens=offline.tokens[rows], scores=offline.scores[rows])
-    # All sequences would be 65,536 gradients of 76,000 parameters: a uniform sample, and the 500 best.
+    # All sequences would be 65,536 gradients of 76,000 parameters: a uniform sample, and the 300 best.
     everything = tasks.all_sequences(8)
     true = oracle(everything)
-    sample = np.random.default_rng(1).permutation(len(everything))[:2500]
-    best = np.argsort(-true, kind="stable")[:500]
+    sample = np.random.default_rng(1).permutation(len(everything))[:1500]
+    best = np.argsort(-true, kind="stable")[:300]
     test = np.concatenate([sample, best])
     random = pretraining.Trained(trained.model, pretraining.initial_params(trained.model, jax.random.key(1)), {})
     networks = {"": trained, "random network, ": random}

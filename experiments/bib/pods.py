@@ -42,7 +42,7 @@ def programs(config: Config, devices: Any) -> Iterable[aot.Program]:
         out_shardings=whole,
     )
     width, v = model.config.width, len(model.alphabet.letters)
-    number = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    number: Any = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     matrix, vector, scalar = number((width, width)), number((width,)), number(())
     scale = bib.Scale(scalar, scalar)
     proxy = bib.Proxy(ridge.Fit(vector, scalar, matrix), ridge.Gram(matrix, vector, scalar, scalar), scale, scalar)

@@ -16,18 +16,18 @@ from janax.experiments.session import Session
 __all__ = ["MEAN", "MIN", "searches", "study"]
 
 MEAN, MIN = (functools.partial(baselines.ensemble_score, baselines.mlp_score, reduce=reduce) for reduce in ("mean", "min"))
-_COMS = {"num_steps": 500, "num_ascent_steps": 20, "widths": (128, 128)}
+_COMS: dict[str, Any] = {"num_steps": 300, "num_ascent_steps": 20, "widths": (128, 128)}
 
 
 def searches(num_designs: int, tokens: jax.Array, scores: jax.Array, num_letters: int) -> dict[str, Callable[..., baselines.Designs]]:
     """name -> (ensemble, key) -> designs; `tokens` and standardised `scores` are the offline rows."""
     starts = baselines.best_offline(tokens, scores, num_designs=num_designs).tokens
     many = baselines.best_offline(tokens, scores, num_designs=max(num_designs, 256)).tokens
-    letters = {"num_letters": num_letters}
-    some = letters | {"num_designs": num_designs}
+    letters: dict[str, Any] = {"num_letters": num_letters}
+    some: dict[str, Any] = letters | {"num_designs": num_designs}
 
     def coms(_: Any, key: jax.Array) -> baselines.Designs:
-        fitted = baselines.fit_coms(key, tokens, scores, **letters, **_COMS)  # type: ignore[arg-type]
+        fitted = baselines.fit_coms(key, tokens, scores, **letters, **_COMS)
         return baselines.coms(baselines.mlp_score, fitted.params, starts, num_steps=_COMS["num_ascent_steps"], **letters)
 
     return {
