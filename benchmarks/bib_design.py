@@ -71,7 +71,8 @@ def torch_loop(prepared: dict[str, Any], steps: int, designs: int) -> tuple[floa
         p = torch.softmax(z, -1)
         s = torch.einsum("la,lb,lc->labc", p[:-2], p[1:-1], p[2:]).reshape(len(z) - 2, 64)
         x = torch.nn.functional.one_hot(s.argmax(-1), 64).to(s) - s.detach() + s
-        return bert(inputs_embeds=(x @ table[ids])[None]).last_hidden_state[0].mean(0).double()
+        h = bert.embeddings.LayerNorm(x @ table[ids] + bert.embeddings.position_embeddings.weight[: len(x)])  # there are no token types
+        return bert.encoder(h[None]).last_hidden_state[0].mean(0).double()
 
     out, started = [], time.perf_counter()
     for start in np.asarray(prepared["z"])[:designs]:

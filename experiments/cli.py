@@ -1,6 +1,6 @@
 """The command line: `janax list`, `run`, `compile`, `report`; and for language models `fetch`, `generate`, `score`, `chat`, `distill`.
 
-An experiment is a module `janax.experiments.NAME`, named in `EXPERIMENTS`, that is cheap to import and offers
+An experiment is a module `janax.experiments.NAME` (hyphens as underscores), named in `EXPERIMENTS`, that is cheap to import and offers
 
     SUMMARY: str                                    one line
     Config: type                                    a frozen dataclass
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EXPERIMENTS", "main"]
 
-EXPERIMENTS = ("bdia", "lm", "sinkd", "bib")
+EXPERIMENTS = ("bdia", "lm", "sinkd", "bib", "rl-bayes")
 
 _COMMANDS = ("list", "run", "compile", "report", "fetch", "generate", "score", "chat", "distill", "design")
 
@@ -194,11 +194,11 @@ def _listing(experiments: Sequence[str | ModuleType]) -> str:
 
 
 def _name(entry: str | ModuleType) -> str:
-    return entry if isinstance(entry, str) else entry.__name__.rpartition(".")[2]
+    return entry if isinstance(entry, str) else entry.__name__.rpartition(".")[2].replace("_", "-")
 
 
 def _module(entry: str | ModuleType) -> Any:
-    return importlib.import_module(f"janax.experiments.{entry}") if isinstance(entry, str) else entry
+    return importlib.import_module(f"janax.experiments.{entry.replace('-', '_')}") if isinstance(entry, str) else entry
 
 
 def _find(name: str, experiments: Sequence[str | ModuleType], *, extra: tuple[str, ...] = ()) -> Any:

@@ -88,6 +88,7 @@ def test_hard_constraints(index, x64, strict):
         np.testing.assert_allclose((value, np.linalg.norm(gradient), gradient[2, 1, 3]), reference.HARD[name], atol=5.1e-11)
 
 
+@pytest.mark.slow
 def test_slopes_and_the_rest_of_the_family(x64):
     """f' as tabulated, f'(inf) and f(0) as limits; alpha between its neighbours; every generator of the library."""
     l = np.linspace(-8, 8, 33)
@@ -540,6 +541,7 @@ def objectives(log_z, beta, learned):
     ]
 
 
+@pytest.mark.slow
 def test_many_trainings_in_one_call():
     """Eight objectives by three seeds, objective and hyperparameters traced: one program, compiled once."""
     rng = np.random.default_rng(9)

@@ -115,6 +115,7 @@ def test_bounds(scheme, x64, strict):
         np.testing.assert_allclose((both.midpoint, both.gap), ((both.lower + both.upper) / 2, both.upper - both.lower))
 
 
+@pytest.mark.slow
 def test_proposals(x64, strict):
     """One particle gives the exact divergences; bounds tighten with particles; resampling helps the base proposal (S4)."""
     rows, _, noisy, _ = setup()
@@ -142,6 +143,7 @@ def test_proposals(x64, strict):
     assert gaps["twist", 0.0] < min(0.2 * gaps["base", 0.0], reference.kl(log_q, LOG_P))
 
 
+@pytest.mark.slow
 def test_a_given_proposal(x64, strict):
     """A third output of the model is what tokens are drawn from; weights take it into account."""
     rows, _, noisy, _ = setup()
@@ -188,6 +190,7 @@ def test_hard_constraints(x64, strict):
     assert chosen.tokens.shape == (RUNS, reference.T) and not index.any()
 
 
+@pytest.mark.slow
 def test_end_of_sequence_and_contexts(x64, strict):
     """Strings that end early, a table and a potential per context: exact with optimal twists, unbiased without."""
     space, rng = rl_bayes.Space(vocab_size=3, length=4, eos=2), np.random.default_rng(1)
@@ -272,6 +275,7 @@ def paths():
     return np.stack([SPACE.offset(t) + number for t, number in enumerate(before)], axis=1)
 
 
+@pytest.mark.slow
 def test_twists_are_learned(x64, strict):
     """T25 and the others' optima on a table: exact expectations over all sequences; gradients vanish where the table says."""
     rows, optimal, noisy, _ = setup()

@@ -80,6 +80,7 @@ def test_large_systems_are_solved_in_place():
         assert bib.bdi_residual(bib.bdi_fit(x, y, dual=dual)) < 1e-9
 
 
+@pytest.mark.slow
 def test_the_walk_is_the_same_for_tasks_together_and_apart():
     """Section 15.7: vmap over designs, seeds and tasks equals loops."""
     config = MethodsConfig(num_seeds=2, num_designs=3, num_steps=4, kept=3)
@@ -109,6 +110,7 @@ def test_every_baseline_hands_out_designs():
     assert set(runs) == set(BaselinesConfig().methods)
 
 
+@pytest.mark.slow
 def test_sketched_features_are_gradients(session):
     model = sequence.DNA_KMERS
     trained = pretraining.Trained(model, pretraining.initial_params(model, jax.random.key(0)), {})

@@ -283,6 +283,7 @@ TINY = dataclasses.replace(sequence.DNA_KMERS, config=dataclasses.replace(preset
 SHORT = pretraining.Recipe(num_steps=30, batch_size=64, learning_rate=1e-2)
 
 
+@pytest.mark.slow
 def test_pre_training_learns_and_repeats_itself(tmp_path):
     objective = pretraining.Objective(regression=1.0, masked=0.1)
     calls = []

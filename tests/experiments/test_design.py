@@ -142,6 +142,7 @@ def test_designs_are_new_different_near_and_good(good, tmp_path, capsys):
     assert "is finished" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_lower_is_better_and_lengths_may_differ(tmp_path):
     rows = [(s, score(s)) for s in (*sequences(40, 6), *sequences(20, 4, seed=1))]
     path, out = write(tmp_path / "a.csv", rows), tmp_path / "out"

@@ -37,6 +37,7 @@ def test_two_normals_move_apart(wide):
     np.testing.assert_allclose(found["W1"]["slope"], 1, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_one_mode_for_two(wide):
     found = analyses.modes()
     assert found["KL"]["mean"] == pytest.approx(0, abs=1e-3) and found["KL"]["spread"] == pytest.approx(np.sqrt(9.25), abs=1e-3)

@@ -1,0 +1,91 @@
+"""RL as inference: 48 trainings in one vectorised call against 48 calls, and twisted SMC against plain sampling.
+
+trainings: 8 objectives x 6 seeds from samples of a small recurrent policy (experiments/rl_bayes/exact.py), all in one compiled call, against the
+same one training compiled once and called 48 times. Both are warm. Bars: at most 1/3 of the wall clock, and a step of all 48 in 2 ms.
+smc: 256 particles of 64 tokens on a small decoder, resampled where the effective number falls below one half, against `sampling.generate` of 256
+samples of the same prompt. The twists are a table lookup, so that what is timed is SMC and not a second network. Bar: at most 1.3 times as long.
+
+    python benchmarks/rl_bayes.py [--cases trainings smc] [--steps 200 --repeats 3]
+"""
+
+import argparse
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from harness import alternate, environment, show
+
+from janax.algorithms import rl_bayes
+from janax.experiments.rl_bayes import exact, worlds
+from janax.experiments.rl_bayes.config import ExactConfig
+from janax.jaxlib_ext import sampling
+from janax.models import transformer
+
+DECODER = transformer.TransformerConfig(
+    vocab_size=4096, max_length=512, width=192, depth=4, heads=6, kv_heads=2, head_width=32, hidden=512, tied=True
+)
+
+
+def trainings(steps: int, repeats: int) -> dict[str, Any]:
+    config = ExactConfig(sampled_steps=steps)
+    space, kinds, seeds = exact.space_of(config), np.arange(len(exact.SAMPLED)), np.arange(config.sampled_seeds)
+    several = jax.jit(jax.vmap(lambda key: worlds.draw_world(key, space, config.width)))(jax.vmap(jax.random.key)(seeds))
+    keys = jax.vmap(jax.random.key)(200 + seeds)
+    single = functools.partial(exact.train_sampled, config)
+    together = jax.jit(jax.vmap(jax.vmap(single, in_axes=(0, 0, None)), in_axes=(None, None, 0)))
+    apart = jax.jit(single)
+    worlds_of = [jax.tree.map(lambda x: x[seed], several) for seed in seeds]  # noqa: B023
+
+    def one_by_one() -> list[Any]:
+        return [apart(keys[seed], worlds_of[seed], jnp.asarray(kind)) for kind in kinds for seed in seeds]
+
+    row = alternate(lambda: together(keys, several, jnp.asarray(kinds)), one_by_one, repeats=repeats)
+    count = len(kinds) * len(seeds)
+    step = 1e3 * row["ours_seconds"] / steps
+    return row | {"trainings": count, "steps": steps, "step_of_all_ms": step, "step_of_one_ms": step / count}
+
+
+def smc(repeats: int) -> dict[str, Any]:
+    params = transformer.unstack_layers(transformer.init(DECODER, jax.random.key(0)))
+    prompt, length = jnp.asarray(np.arange(1, 9)[None], jnp.int32), jnp.asarray([8], jnp.int32)
+    decode, cache = transformer.decode_fn(DECODER), transformer.init_cache(DECODER, 1, 8)
+    weights = 2.0 * jax.random.normal(jax.random.key(1), (DECODER.vocab_size,))
+
+    def twisted(params: Any, cache: Any, tokens: Any, num_tokens: Any = None, prefix: Any = None) -> Any:
+        logits, cache = decode(params[0], cache, tokens, num_tokens=num_tokens, prefix=prefix)
+        return (logits, jnp.broadcast_to(params[1][None], logits.shape)), cache
+
+    target = rl_bayes.Target(terms=(lambda w, x: w[x.tokens[..., -1]],), params=(weights,))
+
+    @jax.jit
+    def ours(params: Any, key: jax.Array, cache: Any) -> Any:
+        options: dict[str, Any] = {"num_particles": 256, "max_new_tokens": 64, "proposal": "base"}
+        return rl_bayes.smc(twisted, (params, weights), key, cache, prompt, length, target, **options)
+
+    @jax.jit
+    def theirs(params: Any, key: jax.Array, cache: Any) -> Any:
+        plain = sampling.SamplingParams()
+        return sampling.generate(decode, params, key, cache, prompt, length, sampling=plain, max_new_tokens=64, num_samples=256)
+
+    resampled = int(ours(params, jax.random.key(2), cache).resampled.sum())
+    row = alternate(lambda: ours(params, jax.random.key(2), cache), lambda: theirs(params, jax.random.key(2), cache), repeats=repeats)
+    return row | {"particles": 256, "tokens": 64, "resamplings": resampled}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cases", nargs="+", default=["trainings", "smc"], choices=["trainings", "smc"])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    if "trainings" in arguments.cases:
+        show("rl_bayes", {"trainings": trainings(arguments.steps, arguments.repeats)})
+    if "smc" in arguments.cases:
+        show("rl_bayes", {"smc": smc(arguments.repeats)})
+    show("rl_bayes", {"environment": environment()})
+
+
+if __name__ == "__main__":
+    main()

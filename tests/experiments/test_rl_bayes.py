@@ -1,0 +1,159 @@
+"""The experiment on RL as inference: networks over prefixes, what the report says of given figures, mistakes, and a small whole run."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rich.console
+
+from janax.algorithms import rl_bayes
+from janax.experiments import cli
+from janax.experiments import rl_bayes as experiment
+from janax.experiments import session as sessions
+from janax.experiments.rl_bayes import exact, findings, text, twists, worlds
+from janax.experiments.rl_bayes.config import ExactConfig, TextConfig, TwistsConfig
+
+SPACE = rl_bayes.Space(vocab_size=3, length=3)
+
+
+@pytest.fixture
+def session(tmp_path):
+    console = rich.console.Console(quiet=True)
+    with sessions.open_session("rl_bayes", experiment.SMOKE, tmp_path / "run", console=console, signals=False) as opened:
+        yield opened
+
+
+def verdicts(config, found, session):
+    return {claim.id.removeprefix("rl-bayes-"): claim.verdict for claim in findings.results(config, found, session).claims}
+
+
+def test_samples_of_a_network_have_the_probabilities_of_its_rows():
+    params = worlds.init(jax.random.key(0), SPACE, 4, gain=2.0)
+    log_pi = rl_bayes.sequence_log_probs(SPACE, worlds.policy_rows(SPACE, params))
+    place, log_q = worlds.sample(jax.random.key(1), SPACE, params, num_samples=4000)
+    np.testing.assert_allclose(log_q, log_pi[place], atol=1e-5)
+    seen = np.bincount(place, minlength=27) / 4000
+    assert np.abs(seen - np.exp(log_pi)).max() < 0.035  # 4.4 standard errors of a share of one half
+
+
+def test_objectives_from_samples_and_exact_ones_end_at_the_posterior():
+    config = ExactConfig(vocab_size=3, length=3, width=6, num_steps=200, sampled_steps=200, batch_size=64, sampled_rate=0.02)
+    world = worlds.draw_world(jax.random.key(0), SPACE, 6)
+    log_p = rl_bayes.posterior(world.log_prior, world.reward / config.beta).log_probs
+    ends = jax.jit(lambda kind: exact.train_exact(config, world.params, world, jnp.asarray(config.beta), kind)[0])
+    assert all(rl_bayes.kl_divergence(ends(jnp.asarray(kind)), log_p) < 0.02 for kind in range(1, len(exact.EXACT)))
+    assert rl_bayes.entropy(ends(jnp.asarray(0))) < 0.1
+    fit = jax.jit(lambda kind: exact.train_sampled(config, jax.random.key(1), world, kind)[0])
+    ends = {}
+    for name in ("RKL, baseline", "VarGrad", "TB"):
+        log_pi = rl_bayes.sequence_log_probs(SPACE, worlds.policy_rows(SPACE, fit(jnp.asarray(exact.SAMPLED.index(name)))))
+        ends[name] = float(rl_bayes.kl_divergence(log_pi, log_p))
+    assert max(ends.values()) < 0.1
+    assert ends["VarGrad"] == pytest.approx(ends["RKL, baseline"], rel=0.02)
+
+
+def test_learned_twists_come_nearer_the_posterior():
+    config = dataclasses.replace(
+        experiment.SMOKE,
+        exact=ExactConfig(vocab_size=3, length=3, width=6),
+        twists=TwistsConfig(num_steps=400, batch_size=64, width=6, learning_rate=0.03),
+    )
+    world = worlds.draw_world(jax.random.key(2), SPACE, 6)
+    log_p = rl_bayes.posterior(world.log_prior, world.reward / config.exact.beta).log_probs
+    fit = jax.jit(lambda kind: twists.train(config, jax.random.key(0), world, kind))
+    for kind in range(len(twists.LOSSES)):
+        log_q = rl_bayes.sequence_log_probs(SPACE, rl_bayes.twisted_rows(world.rows, fit(jnp.asarray(kind))))
+        assert rl_bayes.kl_divergence(log_p, log_q) < 0.6 * rl_bayes.kl_divergence(log_p, world.log_prior)
+
+
+def test_text_goes_there_and_back():
+    tokens = text.encode_text("An  Array,\nshape (12, é)")
+    assert text.decode_text(tokens) == "an array, shape (00, #)"
+    word = text.encode_text("array")
+    rows = jnp.asarray(np.stack([tokens, text.encode_text("an arrax, shape (00, #)")]))
+    assert text.contains(rows, word).tolist() == [True, False]
+    assert float(text.vowels(rows)[0]) == pytest.approx(5 / 23)
+
+
+def test_texts_drawn_by_the_decoder_have_its_probabilities():
+    config = TextConfig(width=16, depth=1, length=6, word="a")
+    shape = text.network(config)
+    from janax.models import transformer
+
+    params = transformer.init(shape, jax.random.key(0))
+    tokens = text.draw(shape, params, jax.random.key(1), 16, 6)
+    assert tokens.shape == (16, 6) and int(tokens.min()) >= 1
+    logits = transformer.logits(shape, params, jnp.concatenate([jnp.zeros((16, 1), jnp.int32), tokens[:, :-1]], axis=1))
+    expected = jax.nn.log_softmax(logits[:, :, 1:])
+    picked = np.take_along_axis(np.asarray(expected), np.asarray(tokens)[:, :, None] - 1, axis=2).sum(axis=(1, 2))
+    np.testing.assert_allclose(text.log_probs(shape, params, tokens), picked, rtol=1e-5)
+
+
+def collapse_figures(entropy, rkl):
+    row = {"reward": [1.0] * 3, "fkl": [0.1] * 3, "most": [0.1] * 3, "curve": [[2.0, 1.0]] * 3}
+    kept = row | {"entropy": [5.0, 5.01, 4.99], "rkl": rkl, "distinct": [300.0, 310.0, 290.0]}
+    rows = dict.fromkeys(exact.EXACT, kept) | {"RL without KL": row | {"entropy": entropy, "rkl": [9.0] * 3, "distinct": [1.0, 1.0, 2.0]}}
+    posterior = {"entropy": [5.01] * 3, "reward": [1.0] * 3, "rkl": [0.0] * 3, "fkl": [0.0] * 3, "most": [0.1] * 3}
+    return {"objectives": rows, "truth": {"posterior": posterior, "prior": [6.0] * 3, "log_z": [1.0] * 3}, "stride": 5}
+
+
+def test_verdicts_of_collapse_come_from_intervals(session):
+    good = verdicts(experiment.DEFAULT, {"exact": {"collapse": collapse_figures([0.01, 0.012, 0.011], [0.02, 0.021, 0.02])}}, session)
+    assert good == {"2a": "holds", "2b": "holds", "2c": "holds", "2d": "holds"}
+    wide = verdicts(experiment.DEFAULT, {"exact": {"collapse": collapse_figures([0.01, 0.2, 0.05], [0.01, 0.02, 0.1])}}, session)
+    assert wide["2a"] == "undecided" and wide["2d"] == "undecided"
+    bad = verdicts(experiment.DEFAULT, {"exact": {"collapse": collapse_figures([1.0, 1.1, 1.0], [0.2, 0.21, 0.2])}}, session)
+    assert bad["2a"] == "does not hold" and bad["2d"] == "does not hold"
+
+
+def test_verdicts_of_bounds_come_from_their_errors(session):
+    def case(gap, ratio=1.01):
+        half = {"lower": -gap / 2, "upper": gap / 2, "lower_error": 0.01, "upper_error": 0.01, "gap": gap}
+        return {"4": half | {"ratio": ratio, "ratio_error": 0.02}}
+
+    found = {"log_z": 1.0, "base exact": [-2.0, 2.0], "twist exact": [-0.2, 0.2]}
+    names = ("base, weights only", "base, resampling", "twist, weights only", "twist, resampling")
+    good = dict(zip(names, (case(1.0), case(0.5), case(0.1), case(0.15))))
+    got = verdicts(experiment.DEFAULT, {"exact": {"sandwich": found | {"cases": good}}}, session)
+    assert got == {"6a": "holds", "6b": "holds", "6c": "holds", "6d": "holds"}
+    close = good | {"base, resampling": case(0.99), "twist, resampling": case(0.02), "twist, weights only": case(0.1, ratio=1.2)}
+    got = verdicts(experiment.DEFAULT, {"exact": {"sandwich": found | {"cases": close}}}, session)
+    assert got["6a"] == "undecided" and got["6b"] == "does not hold" and got["6c"] == "does not hold"
+
+
+def test_infinite_divergences_are_told_apart_from_numbers():
+    assert findings._array([[1, None], [2.5, 3]]).tolist() == [[1.0, float("inf")], [2.5, 3.0]]
+
+
+def run(*arguments):
+    name = cli._name(experiment)
+    return cli.main(["run", name, *map(str, arguments)], experiments=(experiment,))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--exact.length", 30), "exact.length must be so that 5^length is at most 2^20"),
+        (("--exact.betas", 1.0), "exact.betas must be positive, with exact.beta among them"),
+        (("--exact.particles", 1), "exact.particles must be a list of numbers from 2 on"),
+        (("--twists.num-seeds", 1), "twists.num_seeds must be at least 2: intervals need them"),
+        (("--text.word", "Not this"), "text.word must be small letters a to z"),
+        (("--text.width", 20), "text.width must be a multiple of 16"),
+    ],
+)
+def test_mistakes_are_told(tmp_path, capsys, arguments, message):
+    assert run(*arguments, "--workdir", tmp_path / "a") == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_smoke_runs_to_its_report(tmp_path):
+    out = tmp_path / "run"
+    assert run("--preset", "smoke", "--workdir", out) == 0
+    results = json.loads((out / "results.json").read_text())
+    claims = {claim["id"]: claim["verdict"] for claim in results["claims"]}
+    assert claims["rl-bayes-1a"] == "holds" and "rl-bayes-2d" in claims
+    assert (out / "figures" / "collapse.png").exists() and (out / "report.html").exists()
