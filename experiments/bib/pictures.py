@@ -41,11 +41,13 @@ def trajectories(path: Path, found: Mapping[str, Any]) -> None:
 def logos(path: Path, batches: Mapping[str, np.ndarray], letters: str = "ACGT") -> None:
     """Batches of sequences [m l] as sequence logos: height of a column is its information in bits, shared by frequency."""
     figure, grid = plots.axes(columns=len(batches), width=3.1 * len(batches), height=2.4)
+    tallest = 0.1
     font = FontProperties(family="DejaVu Sans Mono", weight="bold")
     for panel, (title, tokens) in zip(grid[0], batches.items()):
         share = np.stack([(tokens == i).mean(axis=0) for i in range(len(letters))], axis=1)
         entropy = -np.sum(np.where(share > 0, share * np.log2(np.where(share > 0, share, 1)), 0), axis=1)
         heights = share * (np.log2(len(letters)) - entropy)[:, None]
+        tallest = max(tallest, float(heights.sum(axis=1).max()))
         for place, column in enumerate(heights):
             bottom = 0.0
             for i in np.argsort(column):
@@ -56,7 +58,9 @@ def logos(path: Path, batches: Mapping[str, np.ndarray], letters: str = "ACGT") 
                     where = scale.translate(place + 0.55, bottom) + panel.transData
                     panel.add_patch(PathPatch(shape, transform=where, color=_LETTER_COLORS.get(letters[i], "#495057"), linewidth=0))
                     bottom += column[i]
-        _finish(panel, title=title, xlim=(0.5, tokens.shape[1] + 0.5), ylim=(0, np.log2(len(letters))), xlabel="place")
+        _finish(panel, title=title, xlim=(0.5, tokens.shape[1] + 0.5), xlabel="place")
+    for panel in grid[0]:
+        panel.set_ylim(0, min(1.1 * tallest, np.log2(len(letters))))
     grid[0, 0].set_ylabel("bits")
     plots.save(figure, path)
 

@@ -39,7 +39,7 @@ def searches(num_designs: int, tokens: jax.Array, scores: jax.Array, num_letters
         "AdaLead": lambda params, key: baselines.adalead(MEAN, params, key, many, **some),
         "COMs": coms,
         "CbAS": lambda params, key: baselines.cbas(MEAN, params, key, baselines.site_fit(starts, num_letters=num_letters), **some),
-        "CMA-ES": lambda params, key: baselines.cma_es(MEAN, params, key, starts, num_generations=50, **letters),
+        "CMA-ES": lambda params, key: baselines.cma_es(MEAN, params, key, starts, num_generations=30, **letters),
     }
 
 
