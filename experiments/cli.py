@@ -1,4 +1,4 @@
-"""The command line: `janax list`, `run`, `compile`, `report`; and for language models `fetch`, `generate`, `score`, `chat`, `distill`.
+"""The command line: `janax list`, `run`, `compile`, `report`; `fetch`, `generate`, `score`, `chat`, `distill` for language models; `design`.
 
 An experiment is a module `janax.experiments.NAME` (hyphens as underscores), named in `EXPERIMENTS`, that is cheap to import and offers
 
@@ -12,11 +12,8 @@ JAX, matplotlib and the experiments' own imports are loaded when a run begins, s
 is one sentence on standard error and exit code 2; a loss that is not finite is exit code 3; a run that was stopped is exit code 0.
 """
 
-import contextlib
 import dataclasses
-import difflib
 import importlib
-import io
 import os
 import re
 import shlex
@@ -28,8 +25,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
 from janax import __version__
+from janax.experiments import arguments, processes
 from janax.experiments import config as configs
-from janax.experiments import processes
 from janax.experiments.errors import NonFiniteError, StoppedError, UserError
 
 if TYPE_CHECKING:
@@ -97,10 +94,6 @@ weights:
 """
 
 
-class _Answered(Exception):
-    """Help was printed; nothing is left to do."""
-
-
 def main(argv: Sequence[str] | None = None, *, experiments: Sequence[str | ModuleType] = EXPERIMENTS) -> int:
     """The console script.
 
@@ -112,17 +105,17 @@ def main(argv: Sequence[str] | None = None, *, experiments: Sequence[str | Modul
       The exit code: 0 done or stopped with its state saved, 1 a program does not fit, 2 a mistake of the user's, 3 a loss not finite,
       130 a fetch was stopped.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(arguments, experiments)
-    except _Answered:
+        return _dispatch(words, experiments)
+    except arguments.Answered:
         return 0
     except UserError as error:
         return _end(2, str(error))
     except NonFiniteError as error:
         return _end(3, str(error))
     except StoppedError as stop:
-        return _end(0, f"{stop}; the same command resumes: {shlex.join(['janax', *arguments])}")
+        return _end(0, f"{stop}; the same command resumes: {shlex.join(['janax', *words])}")
     except BrokenPipeError:  # `janax list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -169,7 +162,7 @@ def _dispatch(argv: list[str], experiments: Sequence[str | ModuleType]) -> int:
     elif command == "design":
         return _design(rest)
     else:
-        raise UserError(f"there is no command {command!r}; {_nearest(command, _COMMANDS)}")
+        raise UserError(f"there is no command {command!r}; {arguments.nearest(command, _COMMANDS)}")
     return 0
 
 
@@ -205,27 +198,21 @@ def _find(name: str, experiments: Sequence[str | ModuleType], *, extra: tuple[st
     for entry in experiments:
         if _name(entry) == name:
             return _module(entry)
-    raise UserError(f"there is no experiment {name!r}; {_nearest(name, (*map(_name, experiments), *extra))}")
-
-
-def _nearest(word: str, words: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    listed = ", ".join(words)
-    return f"did you mean {close[0]!r}? There are: {listed}" if close else f"choose one of: {listed}"
+    raise UserError(f"there is no experiment {name!r}; {arguments.nearest(name, (*map(_name, experiments), *extra))}")
 
 
 # --- run -------------------------------------------------------------------------------------------------------------------------------
 
 
 def _run(argv: list[str], experiments: Sequence[str | ModuleType]) -> int:
-    name = _experiment_name(argv, "run", ("--preset", "--workdir"))
+    name = arguments.experiment_name(argv, "run", ("--preset", "--workdir"))
     if name is None:
         print(_RUN_HELP + _listing(experiments))
         return 0
     if name == "all":
         return _run_all(argv, experiments)
     module = _find(name, experiments, extra=("all",))
-    options = _parse(module, name, "run", _without(argv, name), preset="default")
+    options = arguments.parse_experiment(module, name, "run", arguments.without(argv, name), preset="default")
     workdir = options.workdir or Path("runs") / f"{name}-{options.preset}"
     _start_distributed(options.distributed)
     _run_one(module, name, options.preset, options.config, workdir)
@@ -236,15 +223,15 @@ def _run_all(argv: list[str], experiments: Sequence[str | ModuleType]) -> int:
     if {"-h", "--help"} & set(argv):
         print(_RUN_HELP + _listing(experiments))
         return 0
-    preset, rest = _take(_without(argv, "all"), "--preset")
-    root, rest = _take(rest, "--workdir")
+    preset, rest = arguments.take(arguments.without(argv, "all"), "--preset")
+    root, rest = arguments.take(rest, "--workdir")
     distributed = "--distributed" in rest
     rest = [token for token in rest if token != "--distributed"]
     if rest:
         raise UserError(f"run all takes --preset, --workdir and --distributed, got {rest[0]!r}; set fields in a run of one experiment")
     directory = Path(root or "runs")
     chosen = [(_name(entry), _module(entry)) for entry in experiments]
-    runs = [(name, module, _preset(module, name, preset or "default")) for name, module in chosen]
+    runs = [(name, module, arguments.preset_of(module, name, preset or "default")) for name, module in chosen]
     _start_distributed(distributed)
     done, failures = [], []
     for name, module, config in runs:
@@ -310,12 +297,12 @@ def _console() -> "Console":
 
 
 def _compile(argv: list[str], experiments: Sequence[str | ModuleType]) -> int:
-    name = _experiment_name(argv, "compile", ("--preset", "--topology", "--json"))
+    name = arguments.experiment_name(argv, "compile", ("--preset", "--topology", "--json"))
     if name is None:
         print(_COMPILE_HELP + _listing(experiments))
         return 0
     module = _find(name, experiments)
-    options = _parse(module, name, "compile", _without(argv, name), preset="paper")
+    options = arguments.parse_experiment(module, name, "compile", arguments.without(argv, name), preset="paper")
     if not hasattr(module, "programs"):
         raise UserError(f"experiment {name!r} has no programs to compile; `janax run {name}` runs it")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the host's own devices play no part
@@ -398,8 +385,8 @@ def _report(argv: list[str]) -> int:
     output = Annotated[Path | None, tyro.conf.arg(help=help_text)]
     fields = [("dirs", dirs, dataclasses.field(default=())), ("output", output, dataclasses.field(default=None))]
     kind = dataclasses.make_dataclass("Report", fields, frozen=True)
-    _check_fields(argv, ("--output",), "report")
-    options = _tyro(kind, argv, prog="janax report", description="Writes the report of run directories, several on one page.")
+    arguments.check_fields(argv, ("--output",), "report")
+    options = arguments.parse(kind, argv, prog="janax report", description="Writes the report of run directories, several on one page.")
     if not options.dirs:
         raise UserError("report needs a run directory, e.g. runs/bdia-default")
     from janax.experiments import report
@@ -424,14 +411,14 @@ def _fetch(argv: list[str]) -> int:
         ]
         print(_FETCH_HELP + "\n".join(rows))
         return 0
-    _check_fields(argv, ("--check", "--wheel"), "fetch")
-    wheel, rest = _take(argv, "--wheel")
+    arguments.check_fields(argv, ("--check", "--wheel"), "fetch")
+    wheel, rest = arguments.take(argv, "--wheel")
     names, known = [token for token in rest if token != "--check"], [one.name for one in cache.PUBLISHED]
     if len(names) != 1:
-        raise UserError(f"fetch needs one name, got {len(names)}; {_nearest('', known)}")
+        raise UserError(f"fetch needs one name, got {len(names)}; {arguments.nearest('', known)}")
     chosen = [one for one in cache.PUBLISHED if one.name == names[0]]
     if not chosen:
-        raise UserError(f"there are no weights {names[0]!r}; {_nearest(names[0], known)}")
+        raise UserError(f"there are no weights {names[0]!r}; {arguments.nearest(names[0], known)}")
     from janax.experiments import fetch
 
     try:
@@ -454,8 +441,8 @@ def _language(command: str, argv: list[str]) -> int:
         "chat": (language.ChatOptions, language.chat),
     }[command]
     known = [f"--{prefix}{field.name.replace('_', '-')}" for field in dataclasses.fields(kind) for prefix in ("", "no-")]
-    _check_fields(argv, known, command)
-    options = _tyro(kind, argv, prog=f"janax {command}", description=kind.__doc__ or "")
+    arguments.check_fields(argv, known, command)
+    options = arguments.parse(kind, argv, prog=f"janax {command}", description=kind.__doc__ or "")
     try:
         run(options)
     except KeyboardInterrupt:
@@ -470,9 +457,9 @@ def _language(command: str, argv: list[str]) -> int:
 def _distill(argv: list[str]) -> int:
     from janax.experiments import distill
 
-    known = ("--out", "--distributed", *_flags(distill.Config(teacher="", student="", data=Path())))
-    _needs(argv, "distill", ("--teacher", "--student", "--data", "--out"), known)
-    options = _tyro(distill.Options, argv, prog="janax distill", description=distill.Options.__doc__ or "")
+    known = ("--out", "--distributed", *arguments.flags(distill.Config(teacher="", student="", data=Path())))
+    arguments.needs(argv, "distill", ("--teacher", "--student", "--data", "--out"), known)
+    options = arguments.parse(distill.Options, argv, prog="janax distill", description=distill.Options.__doc__ or "")
     _start_distributed(options.distributed)
     distill.distill(options, _console())
     return 0
@@ -484,163 +471,10 @@ def _distill(argv: list[str]) -> int:
 def _design(argv: list[str]) -> int:
     from janax.experiments import design
 
-    _needs(argv, "design", ("--data", "--alphabet", "--out"), ("--out", *_flags(design.Config(data=Path(), alphabet=""))))
-    options = _tyro(design.Options, argv, prog="janax design", description=design.Options.__doc__ or "")
+    arguments.needs(argv, "design", ("--data", "--alphabet", "--out"), ("--out", *arguments.flags(design.Config(data=Path(), alphabet=""))))
+    options = arguments.parse(design.Options, argv, prog="janax design", description=design.Options.__doc__ or "")
     design.design(options, _console())
     return 0
-
-
-def _needs(argv: list[str], command: str, options: Sequence[str], known: Sequence[str]) -> None:
-    """Raises UserError for options that are not there, or not known."""
-    _check_fields(argv, known, command)
-    given = {token.partition("=")[0] for token in argv}
-    missing = [option for option in options if option not in given]
-    if missing and not {"-h", "--help"} & given:
-        raise UserError(f"{command} needs {', '.join(missing)}; see `janax {command} --help`")
-
-
-# --- arguments -------------------------------------------------------------------------------------------------------------------------
-
-
-def _experiment_name(argv: list[str], command: str, valued: tuple[str, ...]) -> str | None:
-    """The first argument that is neither an option nor an option's value; None if help for the command itself is asked for."""
-    rest = list(argv)
-    for option in valued:
-        _, rest = _take(rest, option)
-    if rest and not rest[0].startswith("-"):
-        return rest[0]
-    if {"-h", "--help"} & set(rest):
-        return None
-    raise UserError(f"{command} needs the name of an experiment before its fields; `janax list` shows them")
-
-
-def _take(argv: list[str], option: str) -> tuple[str | None, list[str]]:
-    """The value of `--option value` or `--option=value` (the last one), and the arguments without it."""
-    value, rest, i = None, [], 0
-    while i < len(argv):
-        if argv[i] == option:
-            if i + 1 == len(argv):
-                raise UserError(f"{option} needs a value; see --help")
-            value, i = argv[i + 1], i + 2
-        elif argv[i].startswith(option + "="):
-            value, i = argv[i][len(option) + 1 :], i + 1
-        else:
-            rest.append(argv[i])
-            i += 1
-    return value, rest
-
-
-def _without(argv: list[str], name: str) -> list[str]:
-    """The arguments without the experiment's name: the first that equals it and is no option's value."""
-    for i, token in enumerate(argv):
-        if token == name and (i == 0 or argv[i - 1] not in ("--preset", "--workdir", "--topology", "--json")):
-            return argv[:i] + argv[i + 1 :]
-    return argv
-
-
-def _preset(module: Any, name: str, preset: str) -> Any:
-    if preset not in module.PRESETS:
-        raise UserError(f"--preset: experiment {name!r} has no preset {preset!r}; {_nearest(preset, tuple(module.PRESETS))}")
-    return module.PRESETS[preset]
-
-
-def _parse(module: Any, name: str, command: str, argv: list[str], *, preset: str) -> Any:
-    """Options of the command and fields of the experiment's configuration, with the chosen preset's values as defaults."""
-    import tyro
-
-    chosen, _ = _take(argv, "--preset")
-    preset = preset if chosen is None else chosen
-    default = _preset(module, name, preset)
-    own: list[tuple[str, Any, Any]] = [("preset", Annotated[str, tyro.conf.arg(help=f"One of {', '.join(module.PRESETS)}.")], preset)]
-    if command == "run":
-        help_text = f"Run directory; runs/{name}-PRESET if none is given. The same directory resumes."
-        own.append(("workdir", Annotated[Path | None, tyro.conf.arg(help=help_text)], None))
-        help_text = "This is one of several processes, all started with the same command; they share the directory."
-        own.append(("distributed", Annotated[bool, tyro.conf.arg(help=help_text), tyro.conf.FlagCreatePairsOff], False))
-    else:
-        help_text = "Chip and shape of the slice: v5e:16x16, v5p:4x4x4, v6e:8x8, v4:2x2x4, h100:2x8. Several are compiled in turn."
-        own.append(("topology", Annotated[tuple[str, ...], tyro.conf.arg(help=help_text)], ("v5e:16x16",)))
-        own.append(("json", Annotated[Path | None, tyro.conf.arg(help="File to write all figures to.")], None))
-    fields = [(field, kind, dataclasses.field(default=value)) for field, kind, value in own]
-    options = dataclasses.make_dataclass(
-        "Options",
-        [*fields, ("config", Annotated[module.Config, tyro.conf.arg(name="")], dataclasses.field(default=default))],
-        frozen=True,
-    )
-    _check_fields(argv, (*(f"--{field}" for field, _, _ in own), *_flags(default)), f"{command} {name}")
-    description = f"{module.SUMMARY}\n\nPresets: {', '.join(module.PRESETS)}; the values shown are those of {preset!r}."
-    return _tyro(options, argv, prog=f"janax {command} {name}", description=description)
-
-
-def _flags(config: Any, prefix: str = "") -> list[str]:
-    """The option of every field, as tyro spells it."""
-    names = []
-    for field in dataclasses.fields(config):
-        value, name = getattr(config, field.name), field.name.replace("_", "-")
-        if dataclasses.is_dataclass(value):
-            names += _flags(value, f"{prefix}{name}.")
-        else:
-            names.append(f"--{prefix}{name}")
-            names += [f"--{prefix}no-{name}"] if isinstance(value, bool) else []
-    return names
-
-
-def _check_fields(argv: list[str], known: Sequence[str], command: str) -> None:
-    for token in argv:
-        option = token.partition("=")[0]
-        if not option.startswith("--") or option == "--help" or option.replace("_", "-") in known:
-            continue
-        last = option.rpartition(".")[2].removeprefix("--").replace("_", "-")
-        same_name = [name for name in known if name.rpartition(".")[2].removeprefix("--") == last]
-        close = same_name or difflib.get_close_matches(option.replace("_", "-"), known, n=1, cutoff=0.5)
-        if not close:
-            close = [name for name in known if difflib.get_close_matches(last, [name.rpartition(".")[2].removeprefix("--")], cutoff=0.6)]
-        hint = f"did you mean {close[0]}?" if close else "there is none like it;"
-        raise UserError(f"there is no field {option}; {hint} `janax {command} --help` lists them")
-
-
-def _tyro(kind: Any, argv: list[str], *, prog: str, description: str) -> Any:
-    """Parses with tyro, whose framed complaints become one sentence."""
-    import tyro
-
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, args=argv, prog=prog, description=description)
-    except SystemExit as end:
-        if not end.code:
-            raise _Answered from None
-        raise UserError(_one_sentence(said.getvalue(), prog)) from None
-    except ValueError as error:  # from the __post_init__ of the experiment's own dataclass
-        raise UserError(str(error)) from error
-
-
-_COLOR = re.compile(r"\x1b\[[0-9;]*m")
-_RULE = re.compile(r"[-─]+")
-
-
-def _one_sentence(framed: str, prog: str) -> str:
-    """The first paragraph under the title of tyro's frame, which is drawn with box characters or, where those cannot be shown, blanks."""
-    body: list[str] = []
-    for line in framed.strip().splitlines()[1:]:
-        text = _COLOR.sub("", line).strip().strip("│╭╮╰╯").strip()
-        if text and not _RULE.fullmatch(text):
-            body.append(text)
-        elif body:
-            break
-    text = " ".join(body).rstrip(".")
-    match = re.match(r"Error parsing (\S+): (.*)", text)
-    if match is None:
-        text = (text[:1].lower() + text[1:]).replace(". ", "; ")
-        return f"{text or 'the arguments were not understood'}; see `{prog} --help`"
-    field, message = match.groups()
-    if not field.startswith("--"):
-        return message  # from a __post_init__, which names the field itself
-    wanted = {"invalid literal for int": "an integer", "could not convert string to float": "a number"}
-    for start, noun in wanted.items():
-        if message.startswith(start):
-            return f"{field} must be {noun}, got {message.rpartition(': ')[2]}; see `{prog} --help`"
-    return f"{field}: {message}; see `{prog} --help`"
 
 
 if __name__ == "__main__":

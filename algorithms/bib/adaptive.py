@@ -19,6 +19,7 @@ import optax
 from jax.typing import ArrayLike
 
 from janax.jaxlib_ext import dtypes, sharding
+from janax.jaxlib_ext.checks import one_of
 
 __all__ = [
     "RULES",
@@ -196,7 +197,7 @@ def adaptive_eta(
     low: ArrayLike = 1e-4,
     high: ArrayLike = 0.5,
     accumulate: bool = False,
-    rule: str = "adam",
+    rule: str = "exact",
     aux_fn: Callable[[Any], jax.Array] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adaptive-eta for any optimiser: it takes the place of the learning rate, last in a chain.
@@ -212,7 +213,8 @@ def adaptive_eta(
       low: [] least eta.
       high: [] largest.
       accumulate: Start from the last eta instead of the base. Static.
-      rule: "frozen": the auxiliary gradient where the step begins; "adam": where the step with the base rate ends. Static.
+      rule: "frozen": the auxiliary gradient where the step begins; "exact": where the step with the base rate ends, whatever the optimiser
+        (`step`'s "adam", if that is Adam). Static.
       aux_fn: (params) -> [], larger is better, in the scores' unit; or give `aux_grad`, its gradient at the parameters, to `update` (frozen
         only).
 
@@ -224,10 +226,9 @@ def adaptive_eta(
 
     Reference: arXiv:2301.02931.
     """
-    if rule not in ("frozen", "adam"):
-        raise ValueError(f"bib.adaptive_eta: 'rule' is {rule!r}, expected 'frozen' or 'adam'")
-    if rule == "adam" and aux_fn is None:
-        raise ValueError("bib.adaptive_eta: rule 'adam' needs 'aux_fn'; with 'aux_grad' at the parameters use rule='frozen'")
+    one_of("bib.adaptive_eta", "rule", rule, ("frozen", "exact"))
+    if rule == "exact" and aux_fn is None:
+        raise ValueError("bib.adaptive_eta: rule 'exact' needs 'aux_fn'; with 'aux_grad' at the parameters use rule='frozen'")
 
     def init(params: Any) -> AdaptiveEtaState:
         del params

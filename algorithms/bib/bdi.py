@@ -150,7 +150,7 @@ def bdi_design(
     rel_ridge: ArrayLike | None = None,
     weighting: ArrayLike = 0.0,
     depth: int = 6,
-    compatibility: str | None = "public_code",
+    compatibility: str | None = None,
 ) -> BdiDesign:
     """Adam on the proposals, all steps; one design for x [1 d], and M of them jointly for x [m d].
 
@@ -166,8 +166,8 @@ def bdi_design(
       rel_ridge: [] r' of the map backwards; None is 1e-6 in mode "backward" and 0 in "both", as published. Traced.
       weighting: [] g of the backward loss. Traced.
       depth: Dense layers. Static.
-      compatibility: "public_code": Adam's bias correction begins one step late, which the published numbers have; None corrects it.
-        Static.
+      compatibility: "public_code": Adam's bias correction counts one step too many, so that the first step is .744 of the learning rate; the
+        published numbers have it. Static.
 
     Returns:
       The designs with the losses on the way.

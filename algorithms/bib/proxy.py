@@ -188,7 +188,9 @@ def predict(proxy: Proxy, phi: ArrayLike) -> jax.Array:
 
 def uncertainty(proxy: Proxy, phi: ArrayLike) -> jax.Array:
     """[...] posterior standard deviation s sqrt(phi^T (Phi^T Phi + lambda I)^-1 phi) of the standardised prediction, for features [... d]."""
-    return jnp.sqrt(proxy.variance * ridge.leverage(proxy.fit, phi) / proxy.stats.count)
+    variance = proxy.variance * ridge.leverage(proxy.fit, phi) / proxy.stats.count
+    some = variance > 0  # a perfect fit, or no features: 0, without the infinite slope of the root
+    return jnp.where(some, jnp.sqrt(jnp.where(some, variance, 1)), 0)
 
 
 def lower_confidence_bound(proxy: Proxy, phi: ArrayLike, *, num_deviations: ArrayLike = 1.0) -> jax.Array:

@@ -51,7 +51,7 @@ SUMMARY = "sequence design: from scored DNA to a batch of better sequences, forw
 
 def run(config: Config, session: "Session") -> "report.Results":
     """Runs the chosen studies and puts their findings beside the published ones."""
-    from janax.experiments.bib import closed_form, findings, infinite, kernels, methods, proteins, rivals
+    from janax.experiments.bib import closed_form, findings, infinite, kernels, methods, pods, proteins, rivals
 
     found: dict[str, Any] = {}
     if "bdi" in config.sections:
@@ -66,6 +66,8 @@ def run(config: Config, session: "Session") -> "report.Results":
         found["ehrlich"] = closed_form.study(config, session)
     if "proteins" in config.sections:
         found["proteins"] = proteins.study(config, session)
+    if "paper" in config.sections:
+        found["paper"] = pods.study(config, session)
     return findings.results(config, found, session)
 
 

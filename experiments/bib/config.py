@@ -212,14 +212,18 @@ class ProteinsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PaperConfig:
-    """Programs for a pod: features of many proteins by a large encoder, and designs through it."""
+    """The paper's scale: features of many proteins by a large encoder, and designs through it; compiled from shapes, run from weights."""
 
+    weights: str = ""
+    """A directory of the encoder in Hugging Face layout, to run; compiling needs none."""
+    protein: Protein = "avgfp"
+    """Whose variants in `data_dir` are designed."""
     encoder: Literal["esm2-650m", "protbert"] = "esm2-650m"
-    """Shape of the network."""
+    """Shape of the network that is compiled."""
     num_rows: int = 50_000
-    """Offline sequences."""
+    """Offline sequences, at most."""
     length: int = 237
-    """Residues of a sequence; avGFP's."""
+    """Residues of a sequence that is compiled for; avGFP's."""
     batch_size: int = 512
     """Sequences whose features are computed at a time."""
     num_designs: int = 128
@@ -265,6 +269,7 @@ class Config:
         check(bool(self.sections), "sections", "one name or more", self.sections, "bdi methods")
         needs = "proteins" in self.sections and not self.data_dir
         check(not needs, "data_dir", "a directory for the section proteins", self.data_dir, "../data")
+        check(not self.paper.weights or bool(self.data_dir), "data_dir", "a directory with paper.weights", self.data_dir, "../data")
 
 
 DEFAULT = Config()

@@ -69,6 +69,7 @@ def results(config: Config, found: Mapping[str, Any], session: Session) -> repor
         ("kernels", _kernels),
         ("ehrlich", _ehrlich),
         ("proteins", _proteins),
+        ("paper", _paper),
     ):
         if name in found:
             write(page, found[name])
@@ -355,3 +356,27 @@ def _proteins(page: Page, found: Mapping[str, Any]) -> None:
             row["one-hot"]["chosen"],
             paper="one-hot wins with a tuned ridge [M]",
         )
+
+
+def _paper(page: Page, found: Mapping[str, Any]) -> None:
+    c = page.config.paper
+    page.claim(
+        "10",
+        f"{c.protein}: the fit ranks sequences it has not seen, leave-one-out Spearman of {found['rows']} offline rows",
+        paper="not found",
+        ours=found["leave_one_out"],
+        holds=found["leave_one_out"] > 0.5,
+        note=f"{found['width']} features of {c.weights}; relative ridge {found['rel_ridge']:g} by leave-one-out",
+    )
+    page.table(
+        f"{c.protein}: designs as the fit sees them",
+        ("designs", "distinct", "best offline score", "median prediction", "moved by", "to nearest offline"),
+        [
+            (
+                len(found["designs"]),
+                *(format(found[k], ".4g") for k in ("distinct", "best_offline", "predicted", "from_start", "to_training")),
+            )
+        ],
+        "No oracle: their true scores are not known.",
+    )
+    page.table("The first designs", ("sequence",), [(text,) for text in found["designs"][:10]])

@@ -43,10 +43,11 @@ def _study(config: Config, session: Session) -> dict[str, Any]:
 
         @jax.jit
         def run(x: jax.Array, fit: bib.BdiFit, mode: str = mode) -> jax.Array:
-            one = functools.partial(bib.bdi_design, mode=mode, num_steps=settings.num_steps)
+            one = functools.partial(bib.bdi_design, mode=mode, num_steps=settings.num_steps, compatibility="public_code")
             return jax.lax.map(lambda x: one(fit, x[None]).x[0], x, batch_size=settings.chunk)
 
-        designs = np.asarray(bib.from_log_odds(run(x[starts], fit), scale, num_letters=4))
+        with oracle.sealed():
+            designs = np.asarray(bib.from_log_odds(run(x[starts], fit), scale, num_letters=4))
         report = tasks.offline_report(oracle(designs), designs, y_min=offline.y_min, y_max=offline.y_max, starts=offline.tokens[starts])
         found[mode] = {name: value for name, value in report._asdict().items() if name != "regret"}
     return found

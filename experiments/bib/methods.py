@@ -1,5 +1,6 @@
 """BIB on the exact oracle of TFBind8: seven ways to walk, two splits, three factors, many seeds, each in one compiled call."""
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -170,17 +171,28 @@ def _split(config: Config, session: Session, trained: pretraining.Trained, progr
     refined_from = REFINED_FROM if REFINED_FROM in variants else variants[-1]
     for variant in session.track(variants, f"BIB, {split}"):
         factors = list(problems) if variant in methods.others else [tasks.FACTORS[0]]
-        designs, paths, info = programs.walk(variant)(trained.params, plain([fitted[factor] for factor in factors]), keys)
+        with contextlib.ExitStack() as stack:
+            for factor in factors:
+                stack.enter_context(problems[factor].oracle.sealed())
+            run = programs.walk(variant)(trained.params, plain([fitted[factor] for factor in factors]), keys)
+            designs, paths = (np.asarray(x) for x in run[:2])
+            best = (
+                _refined(config, programs, trained, [fitted[factor].proxy for factor in factors], paths) if variant == refined_from else ()
+            )
         for i, factor in enumerate(factors):
             (offline, oracle), into, starts = problems[factor], reports[f"{factor}/{split}"], fitted[factor].starts
-            into[variant] = [_report(offline, oracle, batch, starts) for batch in np.asarray(designs[i])]
-            into[variant][0]["curves"] = _curves(offline, oracle, np.asarray(paths[i, 0]), info, i)
-            if variant == refined_from:
-                visited = paths[i].reshape(methods.num_seeds, -1, designs.shape[-1])
-                best = [np.asarray(programs.search(trained.params, fitted[factor].proxy, one)[0]) for one in visited]
-                into[BEST] = [_report(offline, oracle, batch, starts) for batch in best]
-                into[BEST][0]["designs"] = best[0].tolist()
+            into[variant] = [_report(offline, oracle, batch, starts) for batch in designs[i]]
+            into[variant][0]["curves"] = _curves(offline, oracle, paths[i, 0], run[2], i)
+            if len(best):
+                into[BEST] = [_report(offline, oracle, batch, starts) for batch in best[i]]
+                into[BEST][0]["designs"] = best[i][0].tolist()
     return reports
+
+
+def _refined(config: Config, programs: _Programs, trained: pretraining.Trained, proxies: Sequence[bib.Proxy], paths: np.ndarray) -> Any:
+    """[tasks][seeds] batches of distinct designs, from all that was visited: paths [tasks seeds m t l]."""
+    visited = paths.reshape(*paths.shape[:2], -1, paths.shape[-1])
+    return [[np.asarray(programs.search(trained.params, proxy, one)[0]) for one in seeds] for proxy, seeds in zip(proxies, visited)]
 
 
 def _report(offline: tasks.Offline, oracle: tasks.Oracle, designs: np.ndarray, starts: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The paper's scale as programs for a pod: features of many proteins by a large encoder with the statistics of the fit, and designs through it."""
+"""The paper's scale: features of many proteins by a large encoder, the fit, and designs through it; as programs for a pod, or run from weights."""
 
 import dataclasses
 import functools
@@ -7,15 +7,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from janax.algorithms import bib
 from janax.experiments import training
+from janax.experiments.bib import tasks
 from janax.experiments.bib.config import Config
+from janax.experiments.errors import UserError
+from janax.experiments.session import Session
 from janax.jaxlib_ext import aot, ridge, sharding
 from janax.models import encoder, sequence
 
-__all__ = ["programs"]
+__all__ = ["programs", "study"]
 
+_RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 0.1, 1.0)
 _MODELS = {"esm2-650m": sequence.ESM2_650M, "protbert": sequence.PROTBERT}
 
 
@@ -95,3 +100,72 @@ def _designs(model: sequence.SequenceModel, num_steps: int, params: Any, proxy: 
         return sequence.features(model, params, bib.relax_tokens(z))
 
     return jax.vmap(lambda z: bib.design(z, features, objectives, num_steps=num_steps, eta_rule="frozen").tokens)(z)
+
+
+def study(config: Config, session: Session) -> dict[str, Any]:
+    """Fit and designs from the weights in `paper.weights`, over the mesh: figures of the fit, and of the designs as the fit sees them.
+
+    There is no oracle of a protein that was not measured, so nothing is said of the designs' true scores.
+
+    Raises:
+      UserError: without weights.
+    """
+    if not config.paper.weights:
+        raise UserError("paper.weights must be a directory of the encoder to run; `janax compile bib` needs none")
+    return session.memo("paper", functools.partial(_study, config, session))
+
+
+def _study(config: Config, session: Session) -> dict[str, Any]:
+    paper, mesh = config.paper, training.make_mesh(config.mesh)
+    library = tasks.protein(paper.protein, config.data_dir)  # type: ignore[arg-type]
+    try:
+        model, params = sequence.load(paper.weights, library.letters)
+    except (OSError, ValueError) as error:
+        raise UserError(f"paper.weights {paper.weights}: {error}") from error
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, dtype=paper.dtype))
+    offline = tasks.lower_half(library)
+    chosen = np.sort(np.random.default_rng(0).permutation(len(offline.scores))[: paper.num_rows])
+    offline = offline._replace(tokens=offline.tokens[chosen], scores=offline.scores[chosen])
+    count = min(paper.num_designs, len(chosen))
+    starts = offline.tokens[tasks.starts(offline, count)]
+    with jax.set_mesh(mesh):
+        shards = mesh.shape["data"]
+        whole, rows = jax.sharding.NamedSharding(mesh, jax.P()), jax.sharding.NamedSharding(mesh, sharding.batch_spec(mesh))
+        params = sharding.place(params, jax.tree.map(lambda _: whole, params))
+        features = jax.jit(functools.partial(sequence.features, model))
+
+        def batches(x: np.ndarray, size: int) -> Iterable[tuple[Any, int]]:
+            size = -(-size // shards) * shards
+            for first in session.track(range(0, len(x), size), "paper"):
+                part = x[first : first + size]
+                yield sharding.place(np.resize(part, (size, *part.shape[1:])), rows), len(part)
+
+        parts = [sharding.fetch(features(params, x))[:n] for x, n in batches(offline.tokens, paper.batch_size)]
+        phi = np.concatenate(parts).astype(np.float64)
+        with jax.enable_x64(True):
+            y, _ = bib.standardise(offline.scores)
+            errors = ridge.leave_one_out(phi, y, np.array(_RIDGES))
+            rel_ridge = _RIDGES[int(errors.best)]
+            proxy = jax.tree.map(np.asarray, bib.fit_proxy(phi, offline.scores, rel_ridge=rel_ridge))
+            heads = jax.tree.map(np.asarray, bib.fit_heads(jax.random.key(0), phi, offline.scores))
+            held_out = tasks.spearman(np.asarray(y - errors.residuals[errors.best]), np.asarray(y))
+        # What the designs need is small, and of float32 as the features are.
+        proxy, heads = (jax.tree.map(lambda x: np.asarray(x, np.float32), tree) for tree in (proxy, heads))
+        design = jax.jit(functools.partial(_designs, model, paper.num_steps))
+        draw = jax.vmap(lambda key, t: bib.init_logits(key, t, num_letters=len(library.letters)))
+        z = np.asarray(draw(jax.random.split(jax.random.key(1), count), starts))
+        designs = np.concatenate([sharding.fetch(design(params, proxy, heads, x))[:n] for x, n in batches(z, count)])
+        predicted = np.concatenate([sharding.fetch(bib.predict(proxy, features(params, x)))[:n] for x, n in batches(designs, count)])
+    predicted = predicted * float(proxy.scale.std) + float(proxy.scale.mean)
+    return {
+        "rows": len(chosen),
+        "width": phi.shape[1],
+        "rel_ridge": rel_ridge,
+        "leave_one_out": held_out,
+        "best_offline": float(offline.scores.max()),
+        "predicted": float(np.median(predicted)),
+        "distinct": len(np.unique(designs, axis=0)),
+        "from_start": float(tasks.hamming(designs, starts).mean()),
+        "to_training": float(tasks.nearest(designs, offline.tokens).mean()),
+        "designs": tasks.strings(designs, library.letters),
+    }

@@ -114,9 +114,8 @@ def _visited(
 
         z = bib.init_logits(key, letters, num_letters=v).astype(jnp.float32)
         path = bib.design(z, features, objectives, num_steps=config.steps, eta_rule="frozen").path
-        best = (
-            path[jnp.argmax(jax.vmap(lambda t: cautious(jax.nn.one_hot(t, v)))(path[-8:])) + len(path) - 8] if len(path) >= 8 else path[-1]
-        )
+        late = path[-8:]
+        best = late[jnp.argmax(jax.vmap(lambda t: cautious(jax.nn.one_hot(t, v)))(late))]
         search = functools.partial(bib.refine, score_fn=cautious, num_letters=v, num_rounds=_ROUNDS, num_candidates=_NEIGHBOURS)
         near = [search(key, tokens=tokens).path for tokens in (best, letters)]
         return jnp.concatenate([path, *near])
@@ -210,7 +209,7 @@ def _results(
     measured = float(sign * table.scores.max())
     unusual = sum(row["unusual"] for row in rows)
     median = float(np.median([row["predicted"] for row in rows])) if rows else float("nan")
-    trust = "well" if best.spearman > 0.8 else "roughly" if best.spearman > 0.5 else "hardly"
+    trust = "well" if best.spearman > 0.8 else "roughly" if best.spearman > 0.5 else "poorly"
     notes = [
         *table.notes,
         f"Leave-one-out says that the fit ranks sequences like these {trust}: Spearman {best.spearman:.3f}, R2 {best.r2:.3f}. It says nothing of "
@@ -246,7 +245,7 @@ def _results(
         ),
         report.Table(
             title="The first designs (all are in designs.csv)",
-            columns=("rank", "sequence", "predicted", "95 % interval", "letters from the nearest measured", "unusual"),
+            columns=("rank", "sequence", "predicted", "95 %, if like the data", "letters from the nearest measured", "unusual"),
             rows=[
                 (
                     r["rank"],

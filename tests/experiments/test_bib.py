@@ -14,6 +14,8 @@ from janax.experiments import cli
 from janax.experiments import session as sessions
 from janax.experiments.bib import findings, infinite, kernels, methods, pods, pretraining, rivals, tasks
 from janax.experiments.bib.config import BaselinesConfig, BdiConfig, MethodsConfig, PaperConfig
+from janax.experiments.config import MeshConfig
+from janax.experiments.errors import UserError
 from janax.models import sequence
 
 
@@ -122,6 +124,30 @@ def test_programs_of_the_papers_scale_have_shapes():
     config = dataclasses.replace(experiment.PAPER, paper=PaperConfig(num_rows=100, length=12, batch_size=8, num_designs=8, num_steps=2))
     features, designs = pods.programs(config, jax.devices())
     assert features.args[1].shape == (13, 8, 12) and designs.args[3].shape == (8, 12, 20)
+
+
+def test_the_papers_scale_runs_from_weights(tmp_path, session):
+    """On a tiny encoder in ESM-2's layout; the same designs whole and over eight devices."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 20, (70, 6)).astype(np.uint8)
+    (tmp_path / "aav").mkdir()
+    scores = (tokens < 5).sum(axis=1) + 0.01 * rng.normal(size=70)
+    letters = np.array(list(tasks.AMINO_ACIDS))
+    np.savez(tmp_path / "aav" / "aav2_28mer.npz", alphabet=letters, tokens=tokens, score=scores, wildtype=tokens[0])
+    small = dataclasses.replace(sequence.ESM2_8M.config, width=16, depth=1, heads=2, hidden=16, dtype="float32")
+    model = dataclasses.replace(sequence.ESM2_8M, config=small)
+    sequence.save(tmp_path / "esm", model, pretraining.initial_params(model, jax.random.key(0)))
+    paper = PaperConfig(weights=str(tmp_path / "esm"), protein="aav", num_designs=5, num_steps=2, batch_size=16, dtype="float32")
+    config = dataclasses.replace(experiment.PAPER, data_dir=str(tmp_path), paper=paper, mesh=MeshConfig(data=8))
+    with pytest.raises(UserError, match="their product must be 8"):
+        pods.study(dataclasses.replace(config, mesh=MeshConfig(data=1)), session)
+    whole = pods._study(dataclasses.replace(config, mesh=MeshConfig(data=1, model=8)), session)
+    found = experiment.run(config, session)
+    assert {claim.id for claim in found.claims} == {"bib-10"}
+    designs = [row[0] for row in found.tables[1].rows]
+    assert designs == whole["designs"] and len(designs) == 5 and all(len(text) == 6 for text in designs)
+    with pytest.raises(UserError, match=r"paper\.weights must be a directory of the encoder to run"):
+        pods.study(experiment.PAPER, session)
 
 
 def test_mistakes_are_told(tmp_path, capsys):
