@@ -115,9 +115,18 @@ def specs(tree: Any, rules: Rules, mesh: Mesh | None = None) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, leaf: spec_of(path_string(path), tuple(leaf.shape), rules, mesh), tree)
 
 
-def shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
-    """As `specs`, but `NamedSharding`s on the mesh, ready for `in_shardings`, `out_shardings` and `jax.device_put`."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, rules, mesh), is_leaf=lambda x: isinstance(x, jax.P))
+def shardings(tree: Any, rules: Rules, mesh: Mesh, *, whole: Sequence[str] = ()) -> Any:
+    """As `specs`, but `NamedSharding`s on the mesh, ready for `in_shardings`, `out_shardings` and `jax.device_put`.
+
+    Axes in `whole` split nothing: weights that are used again and again without a change are better kept than gathered at every use.
+    """
+
+    def place(spec: jax.P) -> NamedSharding:
+        each = [tuple(axis for axis in (axes if isinstance(axes, tuple) else (axes,)) if axis not in (None, *whole)) for axes in spec]
+        kept = [axes[0] if len(axes) == 1 else axes or None for axes in each]
+        return NamedSharding(mesh, jax.P(*kept))
+
+    return jax.tree.map(place, specs(tree, rules, mesh), is_leaf=lambda x: isinstance(x, jax.P))
 
 
 def place(tree: Any, target: Any) -> Any:
@@ -162,12 +171,13 @@ def batch_spec(mesh: Mesh) -> jax.P:
     return jax.P("data") if "data" in mesh.shape else jax.P()
 
 
-def constrain_batch(x: jax.Array, *, axis: int = 0) -> jax.Array:
+def constrain_batch(x: jax.Array, *, axis: int = 0, heads: int | None = None) -> jax.Array:
     """Keeps the batch axis of an activation on the mesh axis `data`; the identity where no such mesh is in context (`jax.set_mesh`).
 
     Args:
       x: [...] activation.
       axis: Which axis is the batch; negative ones count from the end. Static.
+      heads: Which axis is the heads', to keep on `model` where that divides it; None leaves it to the compiler. Static.
 
     Returns:
       `x` with its placement pinned. Use it where the compiler would otherwise gather a batch, e.g. after a reshape.
@@ -175,7 +185,10 @@ def constrain_batch(x: jax.Array, *, axis: int = 0) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or "data" not in mesh.shape or x.shape[axis] % mesh.shape["data"] or mesh._any_axis_manual:
         return x
-    spec = jax.P(*(("data",) if i == axis % x.ndim else jax.P.UNCONSTRAINED for i in range(x.ndim)))
+    names: dict[int, Any] = {axis % x.ndim: ("data",)}
+    if heads is not None and x.shape[heads] % mesh.shape.get("model", x.shape[heads] + 1) == 0:
+        names[heads % x.ndim] = ("model",)
+    spec = jax.P(*(names.get(i, jax.P.UNCONSTRAINED) for i in range(x.ndim)))
     return jax.lax.with_sharding_constraint(x, spec) if mesh._any_axis_auto else x
 
 

@@ -259,7 +259,7 @@ def _run(fixed: _Fixed, cache: Any, target: Target, contexts: Any) -> SmcResult:
     capacity = max(1, fixed.m - 1)
     branch = lambda one: _placed(sampling.branch(one, num_branches=fixed.n, capacity=capacity))  # noqa: E731
     own = jax.tree.map(branch, prefix, is_leaf=_is_cache)
-    outputs = tuple(None if x is None else fixed.per_particle(x) for x in outputs)
+    outputs = tuple(None if x is None else sharding.constrain_batch(fixed.per_particle(x)) for x in outputs)
     state = _emit(fixed, _blank(fixed, own, outputs), outputs, jnp.zeros((), jnp.int32))
 
     def go_on(carry: tuple[jax.Array, _State]) -> jax.Array:
@@ -271,7 +271,8 @@ def _run(fixed: _Fixed, cache: Any, target: Target, contexts: Any) -> SmcResult:
         state = _select(fixed, state, step - 1)
         active = ~_done(fixed, state, step)
         last = jnp.take_along_axis(state.tokens, jnp.maximum(state.num_tokens - 1, 0)[:, None], axis=1)
-        outputs, cache = fixed.twisted_fn(fixed.params, state.cache, last, num_tokens=active.astype(jnp.int32), prefix=prefix)
+        last, count = sharding.constrain_batch(last), sharding.constrain_batch(active.astype(jnp.int32))
+        outputs, cache = fixed.twisted_fn(fixed.params, state.cache, last, num_tokens=count, prefix=prefix)
         return step + 1, _emit(fixed, state._replace(cache=cache), outputs, step)
 
     _, state = jax.lax.while_loop(go_on, body, (jnp.ones((), jnp.int32), state))
@@ -431,8 +432,8 @@ def _is_cache(x: Any) -> bool:
 
 
 def _placed(cache: sampling.Cache) -> sampling.Cache:
-    """Particles over the mesh axis of the batch."""
-    k, v = (sharding.constrain_batch(x, axis=1) for x in (cache.k, cache.v))
+    """Particles over the mesh axis of the batch, heads over that of the model: what resampling moves is a share of a row."""
+    k, v = (sharding.constrain_batch(x, axis=1, heads=3) for x in (cache.k, cache.v))
     return sampling.Cache(k=k, v=v, length=cache.length)
 
 
@@ -441,7 +442,7 @@ def _move(cache: Any, ancestors: jax.Array) -> Any:
     rows = ancestors.shape[0]
     size = max(1, rows // 16)
     vacant = ancestors != jnp.arange(rows, dtype=jnp.int32)
-    count = jnp.sum(vacant, dtype=jnp.int32)
+    num_blocks = -(-jnp.sum(vacant, dtype=jnp.int32) // size)
     slots = jnp.nonzero(vacant, size=-(-rows // size) * size, fill_value=rows)[0].astype(jnp.int32)
 
     def body(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
@@ -460,7 +461,7 @@ def _move(cache: Any, ancestors: jax.Array) -> Any:
 
         return block + 1, jax.tree.map(copy, cache, is_leaf=_is_cache)
 
-    return jax.lax.while_loop(lambda carry: carry[0] * size < count, body, (jnp.zeros((), jnp.int32), cache))[1]
+    return jax.lax.while_loop(lambda carry: carry[0] < num_blocks, body, (jnp.zeros((), jnp.int32), cache))[1]
 
 
 def draw_particle(key: jax.Array, result: SmcResult) -> tuple[Sequences, jax.Array]:

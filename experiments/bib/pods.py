@@ -33,7 +33,7 @@ def programs(config: Config, devices: Any) -> Iterable[aot.Program]:
     model = _MODELS[paper.encoder]
     model = dataclasses.replace(model, config=dataclasses.replace(model.config, dtype=paper.dtype, remat="full", pooler=False))
     params = jax.eval_shape(lambda key: _cast(encoder.init(model.config, key), paper.dtype), jax.random.key(0))
-    where = jax.tree.map(functools.partial(_whole_on_data, mesh), sharding.specs(params, encoder.SHARDING_RULES, mesh), is_leaf=_is_spec)
+    where = sharding.shardings(params, encoder.SHARDING_RULES, mesh, whole=("data",))
     rows, whole = jax.sharding.NamedSharding(mesh, sharding.batch_spec(mesh)), jax.sharding.NamedSharding(mesh, jax.P())
     num_blocks = -(-paper.num_rows // paper.batch_size)
     blocks = (num_blocks, paper.batch_size)
@@ -59,15 +59,6 @@ def programs(config: Config, devices: Any) -> Iterable[aot.Program]:
         in_shardings=(where, whole, whole, rows),
         out_shardings=rows,
     )
-
-
-def _is_spec(x: Any) -> bool:
-    return isinstance(x, jax.P)
-
-
-def _whole_on_data(mesh: jax.sharding.Mesh, spec: jax.P) -> jax.sharding.NamedSharding:
-    """Weights that never change are not split over `data`: to gather them in every step would cost more than to keep them."""
-    return jax.sharding.NamedSharding(mesh, jax.P(*(None if axis == "data" else axis for axis in spec)))
 
 
 def _cast(params: Any, dtype: str) -> Any:

@@ -12,13 +12,18 @@ from janax.experiments.rl_bayes.config import (
     SMOKE,
     Config,
     ExactConfig,
+    PodConfig,
+    SteeringConfig,
     TextConfig,
     TwistsConfig,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from janax.experiments import report
     from janax.experiments.session import Session
+    from janax.jaxlib_ext import aot
 
 __all__ = [
     "DEFAULT",
@@ -28,8 +33,11 @@ __all__ = [
     "SUMMARY",
     "Config",
     "ExactConfig",
+    "PodConfig",
+    "SteeringConfig",
     "TextConfig",
     "TwistsConfig",
+    "programs",
     "run",
 ]
 
@@ -38,7 +46,7 @@ SUMMARY = "KL-regularised RL is inference: collapse without KL, divergences agai
 
 def run(config: Config, session: "Session") -> "report.Results":
     """Runs the chosen studies and puts their findings beside the published ones."""
-    from janax.experiments.rl_bayes import exact, findings, text, twists
+    from janax.experiments.rl_bayes import exact, findings, steering, text, twists
 
     found: dict[str, Any] = {}
     if "exact" in config.sections:
@@ -47,4 +55,13 @@ def run(config: Config, session: "Session") -> "report.Results":
         found["twists"] = twists.study(config, session)
     if "text" in config.sections:
         found["text"] = text.study(config, session)
+    if "steering" in config.sections:
+        found["steering"] = steering.study(config, session)
     return findings.results(config, found, session)
+
+
+def programs(config: Config, devices: Any) -> "Iterable[aot.Program]":
+    """What `janax compile rl-bayes` compiles: twisted SMC with a large decoder, and a step of f-DPG."""
+    from janax.experiments.rl_bayes import pods
+
+    return pods.programs(config, devices)

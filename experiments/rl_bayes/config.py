@@ -3,12 +3,12 @@
 import dataclasses
 from typing import Literal, get_args
 
-from janax.experiments.config import check
+from janax.experiments.config import MeshConfig, OptimizerConfig, TrainConfig, check
 
-__all__ = ["DEFAULT", "PAPER", "PRESETS", "SMOKE", "Config", "ExactConfig", "TextConfig", "TwistsConfig"]
+__all__ = ["DEFAULT", "PAPER", "PRESETS", "SMOKE", "Config", "ExactConfig", "PodConfig", "SteeringConfig", "TextConfig", "TwistsConfig"]
 
-Section = Literal["exact", "twists", "text"]
-Part = Literal["statements", "collapse", "tradeoff", "sampled", "sandwich", "frontier"]
+Section = Literal["exact", "twists", "text", "steering"]
+Part = Literal["statements", "collapse", "tradeoff", "sampled", "sandwich", "frontier", "coverage"]
 Task = Literal["constraint", "continuous", "moment"]
 Package = Literal["flax", "jax", "matplotlib", "numpy", "optax", "orbax", "sklearn"]
 
@@ -53,15 +53,22 @@ class ExactConfig:
     """Standard deviation of what is wrong with log psi in the bounds."""
     best_of: tuple[int, ...] = (2, 4, 16, 64, 256)
     """N of best-of-N."""
+    num_problems: int = 12
+    """Problems that one policy learns at once, for pass@k."""
+    coverage_steps: int = 400
+    """Exact gradient steps on them."""
+    coverage_beta: float = 0.1
+    """Weight of the KL there, for a reward of 1 for a right string."""
 
     def __post_init__(self) -> None:
         check(bool(self.parts), "exact.parts", "one name or more", self.parts, "collapse tradeoff")
-        for name in ("length", "width", "narrow", "num_steps", "sampled_steps"):
+        for name in ("length", "width", "narrow", "num_steps", "sampled_steps", "coverage_steps"):
             check(getattr(self, name) >= 1, f"exact.{name}", "at least 1", getattr(self, name), "6")
         check(self.vocab_size >= 2, "exact.vocab_size", "at least 2", self.vocab_size, "5")
         strings = self.vocab_size**self.length
         check(strings <= 1 << 20, "exact.length", f"so that {self.vocab_size}^length is at most 2^20", self.length, "6")
-        for name in ("beta", "learning_rate", "sampled_rate", "noise"):
+        check(self.num_problems >= 2, "exact.num_problems", "at least 2", self.num_problems, "12")
+        for name in ("beta", "learning_rate", "sampled_rate", "noise", "coverage_beta"):
             check(getattr(self, name) > 0, f"exact.{name}", "above 0", getattr(self, name), str(getattr(type(self), name)))
         check(self.beta in self.betas and min(self.betas) > 0, "exact.betas", "positive, with exact.beta among them", self.betas, "0.5 1.0")
         for name in ("num_worlds", "sampled_seeds"):
@@ -123,12 +130,12 @@ class TextConfig:
     """Optimizer steps of the decoder's training."""
     prior_batch: int = 64
     """Texts of such a step."""
-    num_steps: int = 100
-    """Steps of every method."""
+    num_steps: int = 150
+    """Steps of every method; of PPO, batches, each of which serves four steps."""
     batch_size: int = 128
     """Texts drawn in every step: all methods have num_steps x batch_size of them."""
-    learning_rate: float = 1e-3
-    """Adam's for the methods."""
+    learning_rate: float = 3e-4
+    """Adam's for the methods. At 1e-3, weights P / pi of a rare word are too noisy for GDC."""
     num_seeds: int = 3
     """Seeds of every method; trained in one vectorised call."""
     num_eval: int = 512
@@ -153,17 +160,74 @@ class TextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SteeringConfig:
+    """A published model that must write without a letter: twisted SMC beside masking."""
+
+    weights: str = "smollm2"
+    """`smollm2` (after `janax fetch smollm2`), or a directory of an instruction-tuned model in Hugging Face layout."""
+    letter: str = "e"
+    """No token may contain it."""
+    prompts: tuple[str, ...] = ("Describe the sea in winter.", "How do I bake a good loaf?", "Tell me about a famous composer.")
+    """What is asked."""
+    num_particles: int = 32
+    """Particles of a prompt."""
+    max_new_tokens: int = 24
+    """Tokens of every text."""
+    num_runs: int = 6
+    """Runs of each way, with keys of their own."""
+
+    def __post_init__(self) -> None:
+        check(
+            len(self.letter) == 1 and self.letter.isalpha() and self.letter.islower(), "steering.letter", "a small letter", self.letter, "e"
+        )
+        check(bool(self.prompts), "steering.prompts", "one question or more", self.prompts, "'Describe the sea.'")
+        check(self.num_particles >= 2, "steering.num_particles", "at least 2", self.num_particles, "32")
+        check(self.max_new_tokens >= 1, "steering.max_new_tokens", "at least 1", self.max_new_tokens, "24")
+        check(self.num_runs >= 2, "steering.num_runs", "at least 2: intervals need them", self.num_runs, "6")
+
+
+@dataclasses.dataclass(frozen=True)
+class PodConfig:
+    """What `janax compile rl-bayes` compiles: a decoder, particles of its prompts, and texts of a training step."""
+
+    shape: Literal["smollm2-135m", "qwen2.5-7b", "llama-3.1-8b"] = "qwen2.5-7b"
+    """A published architecture, from its shape alone."""
+    num_prompts: int = 8
+    """Prompts that are steered together."""
+    num_particles: int = 256
+    """Particles of each."""
+    prompt_length: int = 128
+    """Tokens of a prompt, at most."""
+    max_new_tokens: int = 64
+    """Tokens of every text."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_prompts", "num_particles", "prompt_length", "max_new_tokens"):
+            check(getattr(self, name) >= 1, f"pod.{name}", "at least 1", getattr(self, name), "64")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """RL with KL penalties as inference: one posterior, many ways to sample from it."""
 
-    sections: tuple[Section, ...] = ("exact", "twists")
-    """What to run; "text" trains fourteen policies, about a minute each on two cores."""
+    sections: tuple[Section, ...] = ("exact", "twists", "text")
+    """What to run; "steering" needs the weights of a model."""
     exact: ExactConfig = dataclasses.field(default_factory=ExactConfig)
     """Enumerable strings."""
     twists: TwistsConfig = dataclasses.field(default_factory=TwistsConfig)
     """Learned twists."""
     text: TextConfig = dataclasses.field(default_factory=TextConfig)
     """Real text."""
+    steering: SteeringConfig = dataclasses.field(default_factory=SteeringConfig)
+    """A published model."""
+    pod: PodConfig = dataclasses.field(default_factory=PodConfig)
+    """For `janax compile`."""
+    train: TrainConfig = dataclasses.field(default_factory=lambda: TrainConfig(num_steps=1000, batch_size=512))
+    """The compiled training step: texts a step, and micro-batches."""
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(name="adamw", learning_rate=1e-6))
+    """Its optimizer."""
+    mesh: MeshConfig = dataclasses.field(default_factory=lambda: MeshConfig(data=-1, model=4))
+    """Its devices."""
 
     def __post_init__(self) -> None:
         check(bool(self.sections), "sections", "one name or more", self.sections, "exact text")

@@ -1,4 +1,4 @@
-"""Enumerable strings, where the posterior is known: what the paper states, collapse, divergences, baselines, log Z from both sides, best-of-N.
+"""Enumerable strings, where the posterior is known: what the paper states, collapse, divergences, baselines, log Z both ways, best-of-N, pass@k.
 
 A seed is another prior and another reward. All trainings of a part are one compiled call, vectorised over worlds and weights of the KL; from
 samples over objectives, too, while exact gradients, which cost more than what vectorising saves, loop over objectives inside the call.
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from janax.algorithms import rl_bayes
-from janax.experiments.rl_bayes import worlds
+from janax.experiments.rl_bayes import coverage, worlds
 from janax.experiments.rl_bayes.config import Config, ExactConfig
 from janax.experiments.session import Session
 
@@ -43,6 +43,7 @@ def study(config: Config, session: Session) -> dict[str, Any]:
         "sampled": _sampled,
         "sandwich": _sandwich,
         "frontier": _frontier,
+        "coverage": lambda config: coverage.study(config, _worlds(config, config.num_worlds)),
     }
     found = {}
     for name in session.track([part for part in parts if part in config.exact.parts], "exact"):

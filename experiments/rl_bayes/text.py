@@ -22,21 +22,38 @@ from janax.experiments.rl_bayes.config import Config, TextConfig
 from janax.experiments.session import Session
 from janax.models import transformer
 
-__all__ = ["ALPHABET", "METHODS", "Prepared", "contains", "decode_text", "encode_text", "measures", "network", "study", "vowels"]
+__all__ = [
+    "ALPHABET",
+    "ATTEMPTS",
+    "METHODS",
+    "PPO",
+    "Prepared",
+    "contains",
+    "decode_text",
+    "encode_text",
+    "measures",
+    "network",
+    "study",
+    "vowels",
+]
 
 ALPHABET = " abcdefghijklmnopqrstuvwxyz.,:;()[]_'`=-/*0#"
 """Characters by token, from 1 on; 0 stands before every text. Digits are 0, anything else is #."""
+PPO = "PPO with a KL"
 METHODS = ("RL without KL", "RL with P(x)", "KL-RL", "GDC", "GDC, baseline", "f-DPG, JS", "TB")
-"""What is trained, by number."""
+"""What is trained by one step of every batch, by number."""
 TASKS = {
-    "constraint": METHODS,
-    "continuous": ("RL without KL", "KL-RL", "GDC", "f-DPG, JS", "TB"),
+    "constraint": (*METHODS, PPO),
+    "continuous": ("RL without KL", "KL-RL", PPO, "GDC", "f-DPG, JS", "TB"),
     "moment": ("GDC, baseline", "f-DPG, JS"),
 }
 """What is trained for which task."""
 _CURVE = 50
 _FASTER = 10.0  # log Z of TB is this times a parameter, and so moves faster under Adam
 _FEWEST, _PARTICLES = 10, 8
+ATTEMPTS = 16
+"""k of pass@k."""
+_EPOCHS = 4  # steps of PPO on a batch, as in the published code
 
 
 def encode_text(text: str) -> np.ndarray:
@@ -65,15 +82,14 @@ def corpus(config: TextConfig) -> np.ndarray:
 
 
 def network(config: TextConfig) -> transformer.TransformerConfig:
-    """The decoder."""
-    heads = config.width // 16
+    """The decoder: all heads read one set of keys, which makes drawing texts fast."""
     return transformer.TransformerConfig(
         vocab_size=len(ALPHABET) + 1,
         max_length=config.length + 1,
         width=config.width,
         depth=config.depth,
-        heads=heads,
-        kv_heads=heads,
+        heads=config.width // 16,
+        kv_heads=1,
         head_width=16,
         hidden=2 * config.width,
     )
@@ -97,8 +113,12 @@ def _shifted(tokens: jax.Array) -> jax.Array:
 
 def log_probs(shape: transformer.TransformerConfig, params: Any, tokens: jax.Array) -> jax.Array:
     """log pi(x) [n] of texts [n t]; nothing ends a text but its length."""
-    logits = transformer.logits(shape, params, _shifted(tokens)).at[:, :, 0].set(-jnp.inf)
-    return jnp.sum(rl_bayes.token_log_probs(logits, tokens, jnp.full(tokens.shape[0], tokens.shape[1])), axis=1)
+    return jnp.sum(_of_tokens(transformer.logits(shape, params, _shifted(tokens)), tokens), axis=1)
+
+
+def _of_tokens(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """[n t] log-probabilities of the tokens of a text; its beginning is no character."""
+    return rl_bayes.token_log_probs(logits.at[:, :, 0].set(-jnp.inf), tokens, jnp.full(tokens.shape[0], tokens.shape[1]))
 
 
 def draw(shape: transformer.TransformerConfig, params: Any, key: jax.Array, count: int, length: int) -> jax.Array:
@@ -131,6 +151,24 @@ class _Task(NamedTuple):
     shift: jax.Array
 
 
+class _Batch(NamedTuple):
+    """What PPO keeps of the texts that it drew.
+
+    Attributes:
+      tokens: [n t].
+      reward: [n].
+      log_prior: [n t] under the decoder.
+      log_pi: [n t] under the policy that drew them.
+      values: [n t] of its critic before each token.
+    """
+
+    tokens: jax.Array
+    reward: jax.Array
+    log_prior: jax.Array
+    log_pi: jax.Array
+    values: jax.Array
+
+
 class Prepared:
     """The decoder and what is known of its posteriors, made when first asked for: a resumed run may not ask."""
 
@@ -153,7 +191,9 @@ class Prepared:
 
         @jax.jit
         def fit(key: jax.Array) -> Any:
-            return worlds.fit(update, transformer.init(shape, key), None, num_steps=config.prior_steps, learning_rate=3e-3)[0]
+            return worlds.fit(
+                update, transformer.unstack_layers(transformer.init(shape, key)), None, num_steps=config.prior_steps, learning_rate=3e-3
+            )[0]
 
         params = fit(jax.random.key(0))
         facts = {
@@ -259,6 +299,42 @@ class Prepared:
         return jax.jit(jax.vmap(one, in_axes=(None, None, 0)))
 
     @functools.cached_property
+    def train_ppo(self) -> Any:
+        """(task, keys [s]) -> parameters and curves as of `train`, by PPO with a critic on the hidden states: every batch serves several steps."""
+        config, shape, prior = self.config, self.shape, self.prior[0]
+        every = jnp.ones((config.batch_size, config.length), bool)
+
+        def seen(params: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+            h = transformer.hidden(shape, params["policy"], _shifted(tokens))
+            log_pi = _of_tokens(h @ transformer.unembed(shape, params["policy"]), tokens)
+            return log_pi, h @ params["critic"]
+
+        def one(task: _Task, key: jax.Array) -> Any:
+            def fresh(params: Any, step: jax.Array) -> _Batch:
+                params = jax.lax.stop_gradient(params)
+                tokens = draw(shape, params["policy"], jax.random.fold_in(key, step), config.batch_size, config.length)
+                log_prior = _of_tokens(transformer.logits(shape, prior, _shifted(tokens)), tokens)
+                return _Batch(tokens, self.reward(tokens, task.word), log_prior, *seen(params, tokens))
+
+            def update(params: Any, batch: _Batch, step: jax.Array) -> tuple[Any, _Batch, dict[str, jax.Array]]:
+                batch = jax.lax.cond(step % _EPOCHS == 0, lambda: fresh(params, step), lambda: batch)
+
+                def loss(params: Any) -> jax.Array:
+                    log_pi, values = seen(params, batch.tokens)
+                    rest = (batch.log_prior, batch.reward, every, values, batch.values)
+                    return rl_bayes.ppo_penalty_loss(log_pi, batch.log_pi, *rest, beta=task.beta)[0]
+
+                gap = jnp.mean(jnp.sum(batch.log_pi - batch.log_prior, axis=1))
+                return jax.grad(loss)(params), batch, {"reward": jnp.mean(batch.reward), "kl_prior": gap}
+
+            start = {"policy": prior, "critic": jnp.zeros(shape.width)}
+            steps = {"num_steps": _EPOCHS * config.num_steps, "learning_rate": config.learning_rate}
+            params, _, curves = worlds.fit(update, start, fresh(start, jnp.asarray(0)), **steps)
+            return params["policy"], jax.tree.map(lambda x: x[::_EPOCHS], curves)
+
+        return jax.jit(jax.vmap(one, in_axes=(None, 0)))
+
+    @functools.cached_property
     def judge(self) -> Any:
         """(params, key) -> texts [n t], log pi [n], log pi0 [n]; and log pi of the pool's chosen texts: (params, tokens) -> [n]."""
         config, shape, prior = self.config, self.shape, self.prior[0]
@@ -271,14 +347,15 @@ class Prepared:
         return texts_of, jax.jit(functools.partial(log_probs, shape))
 
 
-def measures(tokens: np.ndarray, reward: np.ndarray) -> dict[str, float]:
-    """Of the texts alone: reward and variety, by characters."""
+def measures(tokens: np.ndarray, reward: np.ndarray, *, binary: bool) -> dict[str, float]:
+    """Of the texts alone: reward and variety, by characters; for a reward of 0 or 1, how often one of a few attempts has it."""
     strings = [decode_text(row) for row in tokens]
     found = {f"distinct_{n}": rl_bayes.distinct_n(strings, n) for n in (1, 2, 3)}
     return {
         "reward": float(np.mean(reward)),
         "self_bleu": rl_bayes.self_bleu(strings, 5, num_texts=256),
         "unique": len(set(strings)),
+        **({"pass": rl_bayes.pass_at_k(len(reward), int(np.sum(reward > 0)), min(ATTEMPTS, len(reward)))} if binary else {}),
     } | found
 
 
@@ -347,9 +424,11 @@ def _facts(prepared: Prepared, task: str) -> dict[str, Any]:
 
 def _method(prepared: Prepared, task: str, name: str) -> dict[str, Any]:
     config, pool = prepared.config, prepared.pool
-    kind, numbers = jnp.asarray(METHODS.index(name)), prepared.task(task)
-    keys = jax.vmap(jax.random.key)(300 + np.arange(config.num_seeds))
-    params, curves = prepared.train(kind, numbers, keys)
+    numbers, keys = prepared.task(task), jax.vmap(jax.random.key)(300 + np.arange(config.num_seeds))
+    if name == PPO:
+        params, curves = prepared.train_ppo(numbers, keys)
+    else:
+        params, curves = prepared.train(jnp.asarray(METHODS.index(name)), numbers, keys)
     texts_of, log_prob = prepared.judge
     p = _posterior(prepared, task)
     rows = []
@@ -358,7 +437,7 @@ def _method(prepared: Prepared, task: str, name: str) -> dict[str, Any]:
         tokens, log_pi, log_prior = (np.asarray(x) for x in texts_of(mine, jax.random.fold_in(jax.random.key(4), seed)))
         reward = np.asarray(prepared.reward(jnp.asarray(tokens), numbers.word))
         pieces = [np.asarray(log_prob(mine, pool["tokens"][p.index[i : i + 1024]])) for i in range(0, len(p.index), 1024)]
-        row = measures(tokens, reward) | {
+        row = measures(tokens, reward, binary=task != "continuous") | {
             "entropy": float(-log_pi.mean()),
             "kl_prior": float(np.mean(log_pi - log_prior)),
             "fkl": float(np.sum(p.shares * (pool["log_prior"][p.index] + p.phi - np.concatenate(pieces))) - p.log_z),
@@ -379,7 +458,7 @@ def _decoder(prepared: Prepared, task: str) -> dict[str, Any]:
     for seed in range(config.num_seeds):
         mine = slice(seed * config.num_eval, (seed + 1) * config.num_eval)
         more = {"entropy": float(-pool["log_prior"][mine].mean()), "kl_prior": 0.0, "fkl": float(np.sum(p.shares * p.phi) - p.log_z)}
-        rows.append(measures(pool["tokens"][mine], prepared.rewards(task)[mine]) | more)
+        rows.append(measures(pool["tokens"][mine], prepared.rewards(task)[mine], binary=task != "continuous") | more)
     return _by_measure(rows)
 
 
@@ -406,7 +485,7 @@ def _best_of(prepared: Prepared, task: str) -> dict[str, Any]:
         parts = [some(jax.random.fold_in(jax.random.key(500 + seed), i)) for i in range(-(-config.num_eval // size))]
         tokens, reward = (np.concatenate([np.asarray(part[i]) for part in parts])[: config.num_eval] for i in range(2))
         more = {"kl_prior": float(law.kl), "fkl": float(np.sum(p.shares * (p.phi - gain)) - p.log_z)}
-        rows.append(measures(tokens, reward) | more | {"texts": [decode_text(t) for t in tokens[:3]]})
+        rows.append(measures(tokens, reward, binary=task != "continuous") | more | {"texts": [decode_text(t) for t in tokens[:3]]})
     return _by_measure(rows) | {"count": count, "bound": float(law.bound)}
 
 
@@ -478,5 +557,5 @@ def _twisted(prepared: Prepared, task: str) -> dict[str, Any]:
         tokens, log_z = (np.concatenate([np.asarray(part[i]) for part in parts])[: config.num_eval] for i in range(2))
         reward = np.asarray(prepared.reward(jnp.asarray(tokens), hard))
         more = {"log_z": float(np.log(np.mean(np.exp(log_z)))), "texts": [decode_text(t) for t in tokens[:3]]}
-        rows.append(measures(tokens, reward) | more)
+        rows.append(measures(tokens, reward, binary=task != "continuous") | more)
     return _by_measure(rows) | {"particles": _PARTICLES, "steps": steps}

@@ -192,7 +192,8 @@ def _trip_count(module: _Module, where: str, loop: _Instruction) -> int | None:
     calls = [module.get(i.attribute("calls"), []) for i in condition if i.op == "fusion"]
     compares = [i for body in (condition, *calls) for i in body if i.op == "compare" and "direction=LT" in i.rest]
     bounds = [i for body in (condition, *calls) for i in body if i.op == "constant" and re.match(r"[su](32|64)\[\]", i.type)]
-    if len(compares) != 1 or len(bounds) != 1:
+    scaled = any(i.op == "multiply" for body in (condition, *calls) for i in body)  # the constant is a factor, not the bound
+    if len(compares) != 1 or len(bounds) != 1 or scaled:
         return None
     bound = int(bounds[0].rest.split(")")[0])
     indices = [re.search(r"index=(\d+)", i.rest) for i in condition if i.op == "get-tuple-element"]

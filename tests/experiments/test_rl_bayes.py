@@ -13,8 +13,8 @@ from janax.algorithms import rl_bayes
 from janax.experiments import cli
 from janax.experiments import rl_bayes as experiment
 from janax.experiments import session as sessions
-from janax.experiments.rl_bayes import exact, findings, text, twists, worlds
-from janax.experiments.rl_bayes.config import ExactConfig, TextConfig, TwistsConfig
+from janax.experiments.rl_bayes import coverage, exact, findings, pods, steering, text, twists, verdicts, worlds
+from janax.experiments.rl_bayes.config import ExactConfig, SteeringConfig, TextConfig, TwistsConfig
 
 SPACE = rl_bayes.Space(vocab_size=3, length=3)
 
@@ -26,7 +26,7 @@ def session(tmp_path):
         yield opened
 
 
-def verdicts(config, found, session):
+def verdicts_of(config, found, session):
     return {claim.id.removeprefix("rl-bayes-"): claim.verdict for claim in findings.results(config, found, session).claims}
 
 
@@ -92,6 +92,70 @@ def test_texts_drawn_by_the_decoder_have_its_probabilities():
     np.testing.assert_allclose(text.log_probs(shape, params, tokens), picked, rtol=1e-5)
 
 
+def test_problems_are_as_hard_as_asked_and_policies_learn_to_solve_them():
+    config = ExactConfig(vocab_size=3, length=3, width=6, coverage_steps=150)
+    world = worlds.draw_world(jax.random.key(0), SPACE, 6)
+    right = coverage.problems(jax.random.key(1), SPACE, world.log_prior, 4)
+    before = np.where(right, np.exp(world.log_prior), 0).sum(axis=1)
+    last = np.exp(world.log_prior).max()  # a string is counted whole
+    wanted = np.geomspace(0.5, 0.001, 4)
+    assert np.all(before >= wanted - 1e-6) and np.all(before <= wanted + last)
+    rates = jax.jit(lambda kind: coverage.train(config, world, right, kind))
+    ends = {name: np.asarray(rates(jnp.asarray(i))) for i, name in enumerate(coverage.OBJECTIVES)}
+    assert np.all(ends["f-DPG, JS"] > before)
+    passes = coverage._passes(np.stack([ends["f-DPG, JS"], before]))
+    assert passes.shape == (2, len(coverage.ATTEMPTS)) and np.all(np.diff(passes, axis=1) >= 0)
+    np.testing.assert_allclose(passes[1, 1], np.mean(1 - (1 - before) ** 4), rtol=1e-6)
+
+
+def test_ppo_on_text_climbs_towards_its_reward():
+    config = TextConfig(
+        tasks=("continuous",), width=16, depth=1, length=8, num_steps=30, batch_size=64, learning_rate=1e-2, pool=64, num_eval=32
+    )
+    prepared = text.Prepared(config)
+    prepared.prior = (text.transformer.init(text.network(config), jax.random.key(0)), {})
+    params, curves = prepared.train_ppo(prepared.task("continuous"), jax.vmap(jax.random.key)(np.arange(2)))
+    reward = np.asarray(curves["reward"])
+    assert reward.shape == (2, 30) and np.all(reward[:, -3:].mean(axis=1) > reward[:, :3].mean(axis=1) + 0.5)
+    assert np.asarray(curves["kl_prior"])[:, 0] == pytest.approx(0.0, abs=1e-4)
+    assert jax.tree.leaves(params)[0].shape[0] == 2
+
+
+def test_steering_forbids_tokens_with_a_letter(tiny_model, session):
+    config = SteeringConfig(
+        weights=str(tiny_model), letter="o", prompts=("a few", "words to merge"), num_particles=4, max_new_tokens=5, num_runs=2
+    )
+    model = steering.loading.load(tiny_model)
+    masked = steering.forbidden(model, "o")
+    assert (
+        masked[model.tokenizer.encode("o", add_special_tokens=False)].all() and masked[list(model.stop_tokens)].all() and not masked.all()
+    )
+    found = steering._study(config, session)
+    ways = found["ways"]
+    assert ways["masking"]["allowed"] == ways["SMC"]["allowed"] == [1.0, 1.0]
+    assert all("o" not in one for name in ("masking", "SMC") for one in found["texts"][name])
+    assert all(z < 0 for z in ways["masking"]["log_z"]) and np.allclose(ways["decoder"]["log_z"], 0, atol=1e-5)
+    got = verdicts_of(dataclasses.replace(experiment.DEFAULT, steering=config), {"steering": found}, session)
+    assert set(got) == {"12a", "12b"}
+
+
+def test_a_step_of_fdpg_on_a_decoder_is_that_of_its_log_probabilities():
+    shape = text.network(TextConfig(width=16, depth=1, length=6))
+    params = text.transformer.init(shape, jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (8, 6), 1, shape.vocab_size)
+    log_target, log_q = jax.random.normal(jax.random.key(2), (2, 8)) - 15
+    batch = {"tokens": tokens, "mask": jnp.ones((8, 6), bool), "log_target": log_target, "log_q": log_q, "log_z": jnp.full(8, -0.5)}
+
+    def plain(params):
+        log_pi = jax.nn.log_softmax(text.transformer.logits(shape, params, tokens[:, :-1]))
+        log_pi = jnp.take_along_axis(log_pi, tokens[:, 1:, None], axis=2)[..., 0].sum(axis=1)
+        options = {"log_z": -0.5, "divergence": rl_bayes.JS, "baseline": "leave_one_out"}
+        return rl_bayes.fdpg_loss(log_pi, log_target, log_q, **options)[0]
+
+    found = jax.grad(lambda params: pods.loss_fn(shape)(params, batch, jax.random.key(0))[0])(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), found, jax.grad(plain)(params))
+
+
 def collapse_figures(entropy, rkl):
     row = {"reward": [1.0] * 3, "fkl": [0.1] * 3, "most": [0.1] * 3, "curve": [[2.0, 1.0]] * 3}
     kept = row | {"entropy": [5.0, 5.01, 4.99], "rkl": rkl, "distinct": [300.0, 310.0, 290.0]}
@@ -101,11 +165,11 @@ def collapse_figures(entropy, rkl):
 
 
 def test_verdicts_of_collapse_come_from_intervals(session):
-    good = verdicts(experiment.DEFAULT, {"exact": {"collapse": collapse_figures([0.01, 0.012, 0.011], [0.02, 0.021, 0.02])}}, session)
+    good = verdicts_of(experiment.DEFAULT, {"exact": {"collapse": collapse_figures([0.01, 0.012, 0.011], [0.02, 0.021, 0.02])}}, session)
     assert good == {"2a": "holds", "2b": "holds", "2c": "holds", "2d": "holds"}
-    wide = verdicts(experiment.DEFAULT, {"exact": {"collapse": collapse_figures([0.01, 0.2, 0.05], [0.01, 0.02, 0.1])}}, session)
+    wide = verdicts_of(experiment.DEFAULT, {"exact": {"collapse": collapse_figures([0.01, 0.2, 0.05], [0.01, 0.02, 0.1])}}, session)
     assert wide["2a"] == "undecided" and wide["2d"] == "undecided"
-    bad = verdicts(experiment.DEFAULT, {"exact": {"collapse": collapse_figures([1.0, 1.1, 1.0], [0.2, 0.21, 0.2])}}, session)
+    bad = verdicts_of(experiment.DEFAULT, {"exact": {"collapse": collapse_figures([1.0, 1.1, 1.0], [0.2, 0.21, 0.2])}}, session)
     assert bad["2a"] == "does not hold" and bad["2d"] == "does not hold"
 
 
@@ -117,15 +181,15 @@ def test_verdicts_of_bounds_come_from_their_errors(session):
     found = {"log_z": 1.0, "base exact": [-2.0, 2.0], "twist exact": [-0.2, 0.2]}
     names = ("base, weights only", "base, resampling", "twist, weights only", "twist, resampling")
     good = dict(zip(names, (case(1.0), case(0.5), case(0.1), case(0.15))))
-    got = verdicts(experiment.DEFAULT, {"exact": {"sandwich": found | {"cases": good}}}, session)
+    got = verdicts_of(experiment.DEFAULT, {"exact": {"sandwich": found | {"cases": good}}}, session)
     assert got == {"6a": "holds", "6b": "holds", "6c": "holds", "6d": "holds"}
     close = good | {"base, resampling": case(0.99), "twist, resampling": case(0.02), "twist, weights only": case(0.1, ratio=1.2)}
-    got = verdicts(experiment.DEFAULT, {"exact": {"sandwich": found | {"cases": close}}}, session)
+    got = verdicts_of(experiment.DEFAULT, {"exact": {"sandwich": found | {"cases": close}}}, session)
     assert got["6a"] == "undecided" and got["6b"] == "does not hold" and got["6c"] == "does not hold"
 
 
 def test_infinite_divergences_are_told_apart_from_numbers():
-    assert findings._array([[1, None], [2.5, 3]]).tolist() == [[1.0, float("inf")], [2.5, 3.0]]
+    assert verdicts.array([[1, None], [2.5, 3]]).tolist() == [[1.0, float("inf")], [2.5, 3.0]]
 
 
 def run(*arguments):
@@ -142,6 +206,8 @@ def run(*arguments):
         (("--twists.num-seeds", 1), "twists.num_seeds must be at least 2: intervals need them"),
         (("--text.word", "Not this"), "text.word must be small letters a to z"),
         (("--text.width", 20), "text.width must be a multiple of 16"),
+        (("--steering.letter", "E"), "steering.letter must be a small letter"),
+        (("--sections", "steering", "--steering.weights", "nowhere"), "steering.weights: 'nowhere' is neither a directory"),
     ],
 )
 def test_mistakes_are_told(tmp_path, capsys, arguments, message):

@@ -427,6 +427,19 @@ def test_collective_spread_over_tpu_fusions_counts_once_and_loops_are_read_from_
     }
 
 
+def test_a_constant_factor_in_a_condition_is_not_its_bound():
+    body = _computation("body (t: (s32[], f32[8])) -> (s32[], f32[8])", "ROOT %a = f32[8]{0} all-reduce(%q), replica_groups=[2,4]<=[8]")
+    condition = _computation(
+        "condition (t: (s32[], f32[8])) -> pred[]",
+        "%n = s32[]{:T(128)} constant(128)",
+        "%i = s32[]{:T(128)} get-tuple-element(%t), index=0",
+        "%m = s32[]{:T(128)} multiply(%i, %n)",
+        "ROOT %l = pred[]{:T(512)} compare(%m, %count), direction=LT",
+    )
+    (found,) = aot.collectives(_module("  ROOT %w = (s32[], f32[8]{0}) while(%t), condition=%condition, body=%body", body, condition))
+    assert (found.executed, found.unknown_loops) == (1, 1)
+
+
 def test_text_without_collectives():
     assert aot.collectives(jax.jit(lambda x: x @ x).lower(SQUARE).compile().as_text()) == ()
     assert aot.collectives("") == ()

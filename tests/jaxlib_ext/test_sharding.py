@@ -92,6 +92,9 @@ def test_specs_and_shardings_of_a_tree():
     placed = sharding.shardings(tree, RULES, mesh)
     assert placed["attention"]["kernel"] == jax.NamedSharding(mesh, jax.P(None, "model"))
     assert jax.tree.structure(placed) == jax.tree.structure(tree)
+    rules = ((r"embed$", jax.P(("data", "model"), None)), (r"kernel$", jax.P("data", "model")))
+    kept = sharding.shardings({"embed": np.zeros((8, 2)), "kernel": np.zeros((4, 2))}, rules, mesh, whole=("data",))
+    assert {name: where.spec for name, where in kept.items()} == {"embed": jax.P("model", None), "kernel": jax.P(None, "model")}
     abstract = jax.sharding.AbstractMesh((16, 16), ("data", "model"))
     assert sharding.specs({"embed": np.zeros((6, 2))}, RULES, abstract) == {"embed": jax.P(None)}  # no devices needed
 
@@ -170,3 +173,12 @@ def test_constrain_batch_is_the_identity_where_it_cannot_apply():
         assert jax.jit(sharding.constrain_batch)(jnp.ones((3, 2))).shape == (3, 2)  # does not divide
         inside = jax.shard_map(lambda x: sharding.constrain_batch(x), in_specs=jax.P("data"), out_specs=jax.P("data"))
         assert jax.jit(inside)(jnp.ones((64, 2))).shape == (64, 2)  # one device's own code
+
+
+def test_batch_and_heads_are_kept_on_their_axes():
+    mesh = sharding.make_mesh({"data": 4, "model": 2})
+    with jax.set_mesh(mesh):
+        fix = jax.jit(lambda x: sharding.constrain_batch(2 * x, axis=1, heads=2))
+        assert fix(jnp.ones((3, 8, 4, 5))).sharding.shard_shape((3, 8, 4, 5))[1:3] == (2, 2)
+        assert fix(jnp.ones((3, 8, 3, 5))).sharding.shard_shape((3, 8, 3, 5))[1:3] == (2, 3)  # 2 does not divide 3 heads
+    assert fix(jnp.ones((3, 8, 4, 5))).sharding.is_fully_replicated
