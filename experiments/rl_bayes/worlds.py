@@ -59,11 +59,12 @@ def policy_rows(space: rl_bayes.Space, params: Params) -> jax.Array:
 def sample(key: jax.Array, space: rl_bayes.Space, params: Params, *, num_samples: int) -> tuple[jax.Array, jax.Array]:
     """Strings drawn from a network: their places [n] among all, and log pi [n], differentiable; the network runs once for both."""
     h = jnp.broadcast_to(jnp.tanh(params["start"])[None], (num_samples, params["start"].shape[0]))
-    noise = jax.random.gumbel(key, (space.length, num_samples, space.vocab_size))
+    uniform = jax.random.uniform(key, (space.length, num_samples))
     place, log_pi = jnp.zeros(num_samples, jnp.int32), jnp.zeros(num_samples)
     for t in range(space.length):
         log_p = jax.nn.log_softmax(h @ params["out"] + params["bias"][None])
-        token = jnp.argmax(jax.lax.stop_gradient(log_p) + noise[t], axis=1).astype(jnp.int32)
+        below = jnp.cumsum(jnp.exp(jax.lax.stop_gradient(log_p)), axis=1)[:, :-1]  # one random number a token, not one a letter
+        token = jnp.sum(below <= uniform[t][:, None], axis=1, dtype=jnp.int32)
         chosen = jax.nn.one_hot(token, space.vocab_size)
         log_pi = log_pi + jnp.sum(chosen * log_p, axis=1)
         place = place * space.vocab_size + token
