@@ -13,8 +13,9 @@ from janax.algorithms import rl_bayes
 from janax.experiments import cli
 from janax.experiments import rl_bayes as experiment
 from janax.experiments import session as sessions
+from janax.experiments.config import MeshConfig, TrainConfig
 from janax.experiments.rl_bayes import coverage, exact, findings, pods, steering, text, twists, verdicts, worlds
-from janax.experiments.rl_bayes.config import ExactConfig, SteeringConfig, TextConfig, TwistsConfig
+from janax.experiments.rl_bayes.config import ExactConfig, PodConfig, SteeringConfig, TextConfig, TwistsConfig
 
 SPACE = rl_bayes.Space(vocab_size=3, length=3)
 
@@ -154,6 +155,21 @@ def test_a_step_of_fdpg_on_a_decoder_is_that_of_its_log_probabilities():
 
     found = jax.grad(lambda params: pods.loss_fn(shape)(params, batch, jax.random.key(0))[0])(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), found, jax.grad(plain)(params))
+
+
+def test_programs_of_a_pod_trace_with_their_placement():
+    pod = PodConfig(shape="smollm2-135m", num_prompts=2, num_particles=8, prompt_length=4, max_new_tokens=3)
+    config = dataclasses.replace(
+        experiment.PAPER, pod=pod, mesh=MeshConfig(data=2, model=4), train=TrainConfig(num_steps=1000, batch_size=4)
+    )
+    steered, step = pods.programs(config, jax.devices())
+    placed = jax.tree.leaves(steered.in_shardings[0])
+    assert all("data" not in where.spec for where in placed) and any("model" in where.spec for where in placed)
+    with jax.set_mesh(placed[0].mesh):
+        result = jax.eval_shape(steered.fn, *steered.args)
+        assert result.tokens.shape == (2, 8, 3) and result.log_z.shape == (2,)
+        jax.eval_shape(step.fn, *step.args)
+    assert step.args[1]["tokens"].shape == (4, 7)
 
 
 def collapse_figures(entropy, rkl):
