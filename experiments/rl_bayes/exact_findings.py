@@ -314,3 +314,4 @@ def _coverage(page: Page, found: Mapping[str, Any]) -> None:
         f"Exact gradients, {config.coverage_steps} steps; the KL-RL policy has beta = {config.coverage_beta:g}. The prior is right at the first "
         "attempt in one of 2 to one of 1,000.",
     )
+    page.picture("coverage.png", lambda path: pictures.coverage(path, found), "pass@k over k, mean over worlds.")

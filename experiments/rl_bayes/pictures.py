@@ -8,7 +8,7 @@ import numpy as np
 
 from janax.experiments import plots
 
-__all__ = ["collapse", "frontier", "qrs", "sandwich", "text", "tradeoff"]
+__all__ = ["collapse", "coverage", "frontier", "qrs", "sandwich", "text", "tradeoff"]
 
 
 def _finish(panel: Any, *, title: str, **more: Any) -> None:
@@ -45,6 +45,8 @@ def tradeoff(path: Path, found: Mapping[str, Any]) -> None:
         grid[0, 0].plot(mean["kl_prior"], mean["reward"], **style)
         grid[0, 1].plot(betas, mean["entropy"], **style)
     grid[0, 1].set_xscale("log")
+    grid[0, 1].set_xticks(betas, [f"{beta:g}" for beta in betas])
+    grid[0, 1].minorticks_off()
     grid[0, 0].legend(frameon=False, fontsize=8)
     _finish(grid[0, 0], title="Reward and divergence, by weight of the KL", xlabel="KL(policy || prior), nats", ylabel="expected reward")
     _finish(grid[0, 1], title="Entropy", xlabel="weight of the KL", ylabel="nats")
@@ -107,9 +109,23 @@ def frontier(path: Path, found: Mapping[str, Any]) -> None:
     plots.save(figure, path)
 
 
+def coverage(path: Path, found: Mapping[str, Any]) -> None:
+    """pass@k over k, mean over worlds."""
+    figure, grid = plots.axes(width=7.2, height=3.6)
+    for i, (name, rows) in enumerate(found["passes"].items()):
+        style = {"color": plots.COLORS[i % len(plots.COLORS)], "marker": "os^Dv"[i % 5], "markersize": 5, "label": name}
+        grid[0, 0].plot(found["attempts"], np.mean(np.asarray(rows, float), axis=0), **style)
+    grid[0, 0].set_xscale("log")
+    grid[0, 0].set_xticks(found["attempts"], [str(k) for k in found["attempts"]])
+    grid[0, 0].minorticks_off()
+    grid[0, 0].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _finish(grid[0, 0], title="Attempts at a problem", xlabel="attempts k", ylabel="pass@k")
+    plots.save(figure, path)
+
+
 def text(path: Path, found: Mapping[str, Any], title: str) -> None:
     """Divergence from the decoder and reward over steps, by method."""
-    figure, grid = plots.axes(columns=2, width=10.4, height=3.8)
+    figure, grid = plots.axes(columns=2, width=11.6, height=3.8)
     for i, (name, row) in enumerate(found["methods"].items()):
         if "curves" not in row:
             continue
@@ -122,7 +138,7 @@ def text(path: Path, found: Mapping[str, Any], title: str) -> None:
         for panel, key in zip(grid[0], ("reward", "kl_prior")):
             values = np.mean(np.asarray(row["curves"][key], float), axis=0)
             panel.plot(np.arange(len(values)) * found["stride"], values, **style)
-    grid[0, 0].legend(frameon=False, fontsize=7.5)
+    grid[0, 1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     _finish(grid[0, 0], title=title, xlabel="step", ylabel="mean reward of the samples")
     _finish(grid[0, 1], title="Divergence from the decoder", xlabel="step", ylabel="log pi - log pi0 (nats per text)")
     plots.save(figure, path)
