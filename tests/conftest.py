@@ -1,5 +1,6 @@
 """Eight CPU devices in one process, so that every mesh test runs on a laptop."""
 
+import gc
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -22,6 +23,14 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "optimised" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_dropped():
+    """Frees a file's compiled programs: each is mapped into memory piece by piece, and Linux gives a process 65,530 such pieces."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

@@ -224,7 +224,9 @@ def _tradeoff(config: ExactConfig) -> dict[str, Any]:
 # --- gradients from samples
 
 
-def train_sampled(config: ExactConfig, key: jax.Array, world: worlds.World, kind: jax.Array) -> tuple[Any, jax.Array]:
+def train_sampled(
+    config: ExactConfig, key: jax.Array, world: worlds.World, kind: jax.Array, *, sample: Callable[..., Any] = worlds.sample
+) -> tuple[Any, jax.Array]:
     """One training from samples of the policy, from the prior; to be vmapped.
 
     Args:
@@ -232,6 +234,7 @@ def train_sampled(config: ExactConfig, key: jax.Array, world: worlds.World, kind
       key: [] typed key.
       world: Prior and reward.
       kind: [] number of the objective in `SAMPLED`.
+      sample: How to draw from a policy of the kind of `world.params`. Static.
 
     Returns:
       The policy's parameters, and the log Z that the run ends with [] (learned by TB, the running mean elsewhere).
@@ -240,7 +243,7 @@ def train_sampled(config: ExactConfig, key: jax.Array, world: worlds.World, kind
 
     def update(params: Any, state: rl_bayes.LogZState, step: jax.Array) -> tuple[Any, Any, None]:
         def loss(params: Any) -> tuple[jax.Array, rl_bayes.LogZState]:
-            place, log_pi = worlds.sample(jax.random.fold_in(key, step), space, params["policy"], num_samples=config.batch_size)
+            place, log_pi = sample(jax.random.fold_in(key, step), space, params["policy"], num_samples=config.batch_size)
             log_prior, here = world.log_prior[place], phi[place]
             log_target = log_prior + here
             seen = rl_bayes.update_log_z(state, log_target - log_pi)
