@@ -13,6 +13,7 @@ __all__ = ["write", "write_steering"]
 
 
 def write(page: Page, found: Mapping[str, Any]) -> None:
+    """The small decoder: whatever tasks are there."""
     config, prior = page.config.text, found["prior"]
     facts = ", ".join(f"{name} log Z {row['facts']['log_z']:.2f}" for name, row in found["tasks"].items())
     page.notes.append(
@@ -195,6 +196,7 @@ def _continuous(page: Page, found: Mapping[str, Any]) -> None:
 
 
 def write_steering(page: Page, found: Mapping[str, Any]) -> None:
+    """The published model."""
     config, ways = page.config.steering, found["ways"]
     smc, masking = ways["SMC"], ways["masking"]
     for number, key, text, paper in (
