@@ -21,7 +21,6 @@ OBJECTIVES = ("RL without KL", "KL-RL", "f-DPG, KL", "f-DPG, alpha 1/4", "f-DPG,
 ATTEMPTS = (1, 4, 16, 64, 256)
 """k of pass@k."""
 _EASIEST, _HARDEST = 0.5, 0.001
-_DIVERGENCES = (rl_bayes.FKL, rl_bayes.alpha(0.25), rl_bayes.JS)
 
 
 def problems(key: jax.Array, space: rl_bayes.Space, log_prior: jax.Array, count: int) -> jax.Array:
@@ -67,7 +66,7 @@ def train(config: ExactConfig, world: worlds.World, right: jax.Array, kind: jax.
             lambda log_pi: rl_bayes.kl_rl_loss(log_pi, world.log_prior, reward, beta=config.coverage_beta, **options)[0],
             *(
                 lambda log_pi, one=one: rl_bayes.fdpg_loss(log_pi, log_target, log_z=log_z, divergence=one, **options)[0]
-                for one in _DIVERGENCES
+                for one in (rl_bayes.FKL, rl_bayes.alpha(0.25), rl_bayes.JS)
             ),
         ]
         return jax.lax.switch(kind, branches, log_pi)
