@@ -54,6 +54,7 @@ from janax.jaxlib_ext.divergence.generators import (
     skew_kl_generator,
     skew_reverse_kl_generator,
     terms,
+    terms_and_slopes,
 )
 from janax.jaxlib_ext.divergence.logits import (
     NAMES,
@@ -141,6 +142,7 @@ __all__ = [
     "skew_reverse_kl_generator",
     "squared_hellinger",
     "terms",
+    "terms_and_slopes",
     "top_k",
     "total_variation",
     "with_value",

@@ -32,6 +32,7 @@ __all__ = [
     "skew_kl_generator",
     "skew_reverse_kl_generator",
     "terms",
+    "terms_and_slopes",
 ]
 
 
@@ -48,12 +49,14 @@ class Generator:
       summand: (log_p, log_q, *parameters) -> q f(p / q), elementwise, without overflow where one of them is tiny. Made of `h` if None: then
         log-ratios are cut at +-39 (float32) or +-319 (float64), with zero gradients beyond. Static.
       slope: (l, *parameters) -> f'(exp(l)); by autodiff if None. Static.
+      with_slope: (log_p, log_q, *parameters) -> (summand, p f'(p / q)), sharing what both are made of; by autodiff if None. Static.
       parameters: Numbers or arrays [], traced.
     """
 
     h: Callable[..., jax.Array] | None = dataclasses.field(default=None, metadata={"static": True})
     summand: Callable[..., jax.Array] | None = dataclasses.field(default=None, metadata={"static": True})
     slope: Callable[..., jax.Array] | None = dataclasses.field(default=None, metadata={"static": True})
+    with_slope: Callable[..., tuple[jax.Array, jax.Array]] | None = dataclasses.field(default=None, metadata={"static": True})
     parameters: tuple[Any, ...] = ()
 
     def __post_init__(self):
@@ -148,11 +151,40 @@ def _alpha_slope(l, alpha):
     return _u_power(l, -alpha)
 
 
-FORWARD_KL = Generator(summand=_forward_summand, slope=lambda l: _u_power(l, -1.0))
+def _pieces(log_p, log_q):
+    """(whether p <= q, the larger of the two, d = log(smaller / larger), exp(d), exp(d) - 1)."""
+    below, top, d = numerics.ordered(log_p, log_q)
+    return below, numerics.exp(top), d, jnp.exp(d), jnp.expm1(d)
+
+
+def _forward_with_slope(log_p, log_q):
+    below, larger, d, power, e = _pieces(log_p, log_q)
+    return larger * jnp.where(below, e - d, d * power - e), jnp.where(below, larger * e, -larger * e)
+
+
+def _reverse_with_slope(log_p, log_q):
+    below, larger, d, power, e = _pieces(log_p, log_q)
+    return larger * jnp.where(below, d * power - e, e - d), larger * jnp.where(below, d * power, -d)
+
+
+def _jeffreys_with_slope(log_p, log_q):
+    below, larger, d, power, e = _pieces(log_p, log_q)
+    return larger * d * e, larger * jnp.where(below, d * power + e, -d - e)
+
+
+def _js_with_slope(log_p, log_q, beta):
+    below, larger, d, power, e = _pieces(log_p, log_q)
+    weight, rest = jnp.where(below, beta, 1 - beta), jnp.where(below, 1 - beta, beta)
+    log_m = numerics.log_mixture_of(weight, rest, e, power)  # log(m / larger)
+    smaller = power * (d - log_m)
+    return larger * (rest * smaller - weight * log_m), (1 - beta) * larger * jnp.where(below, smaller, -log_m)
+
+
+FORWARD_KL = Generator(summand=_forward_summand, slope=lambda l: _u_power(l, -1.0), with_slope=_forward_with_slope)
 """f(u) = u - 1 - log u: D_f(p || q) = KL(q || p)."""
-REVERSE_KL = Generator(summand=_reverse_summand, slope=lambda l: l)
+REVERSE_KL = Generator(summand=_reverse_summand, slope=lambda l: l, with_slope=_reverse_with_slope)
 """f(u) = u log u - u + 1: D_f(p || q) = KL(p || q)."""
-JEFFREYS = Generator(summand=_jeffreys_summand, slope=lambda l: l + _u_power(l, -1.0))
+JEFFREYS = Generator(summand=_jeffreys_summand, slope=lambda l: l + _u_power(l, -1.0), with_slope=_jeffreys_with_slope)
 """f(u) = (u - 1) log u: KL(p || q) + KL(q || p)."""
 TOTAL_VARIATION = Generator(summand=_total_variation_summand, slope=lambda l: 0.5 * jnp.sign(l))
 """f(u) = |u - 1| / 2; f' is 0 at a tie."""
@@ -166,7 +198,7 @@ CHI2_REVERSE = Generator(summand=_chi2_reverse_summand, slope=lambda l: 2 * _u_p
 
 def js_generator(beta: ArrayLike = 0.5) -> Generator:
     """f(u) = -beta log M + (1 - beta) u log(u / M) with M = beta + (1 - beta) u; see `js`. At 1/2, f = [u log u - (u+1) log((u+1)/2)] / 2."""
-    return Generator(summand=_js_summand, slope=_js_slope, parameters=(beta,))
+    return Generator(summand=_js_summand, slope=_js_slope, with_slope=_js_with_slope, parameters=(beta,))
 
 
 def skew_kl_generator(alpha: ArrayLike = 0.1) -> Generator:
@@ -219,6 +251,13 @@ def terms(generator: Generator, log_p: jax.Array, log_q: jax.Array) -> jax.Array
     l = numerics.cut(log_p - log_q)
     below, top, _ = numerics.ordered(log_p, log_q)
     return numerics.exp(top) * generator.h(l, *parameters) * jnp.exp(jnp.where(below, jnp.zeros_like(l), -l))
+
+
+def terms_and_slopes(generator: Generator, log_p: jax.Array, log_q: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """q f(p / q) by entries, and p f'(p / q), its derivative with respect to log p. Not meant to be differentiated."""
+    if generator.with_slope is not None:
+        return generator.with_slope(log_p, log_q, *_parameters(generator, log_p))
+    return jax.jvp(lambda log_p: terms(generator, log_p, log_q), (log_p,), (jnp.ones_like(log_p),))
 
 
 def dual(generator: Generator) -> Generator:

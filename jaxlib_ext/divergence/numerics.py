@@ -18,6 +18,7 @@ __all__ = [
     "expm1_below",
     "log1p_ratio",
     "log_mixture",
+    "log_mixture_of",
     "log_sum",
     "log_weight",
     "ordered",
@@ -88,6 +89,15 @@ def log_mixture(rest: jax.Array, log_first: jax.Array, log_rest: jax.Array, d: j
     near = d > -1
     close = jnp.log1p(rest * jnp.expm1(jnp.where(near, d, jnp.zeros_like(d))))
     return jnp.where(near, close, jnp.logaddexp(log_first, log_rest + jnp.where(near, -jnp.ones_like(d), d)))
+
+
+def log_mixture_of(first: jax.Array, rest: jax.Array, e: jax.Array, power: jax.Array) -> jax.Array:
+    """`log_mixture` without derivatives, from e = exp(d) - 1 and power = exp(d): one logarithm.
+
+    Its digits near d = 0 come from e, its digits where a weight is tiny from a sum of positive numbers.
+    """
+    u = jnp.maximum(first + rest * power, float(np.finfo(power.dtype).tiny))
+    return jnp.log(u) - jnp.where(u > 0.5, ((u - 1) - rest * e) / u, jnp.zeros_like(u))
 
 
 def log_sum(x: jax.Array, where: jax.Array) -> jax.Array:

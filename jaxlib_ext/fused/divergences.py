@@ -243,7 +243,7 @@ def _prepare(
         raise ValueError(f"{name}: 'kernel' is {options.kernel!r}, expected None for {heat.dtype.name}")
     if ids is None:
         ids = jnp.full_like(h[:, 0], -1, dtype=jnp.int32)
-    tempered = labels is not None and not (isinstance(temperature, (int, float)) and temperature == 1)
+    tempered = not (isinstance(temperature, (int, float)) and temperature == 1)
     generator, alpha = jax.tree.map(lambda x: jnp.asarray(x).astype(heat.dtype), (generator, alpha))
     teacher = jax.lax.stop_gradient((teacher_h, teacher_w, teacher_bias, top_k, ids, heat, generator, alpha))
     return pairs.What(options, rule, labels is not None, tempered), pairs.Arrays(h, w, bias, *teacher), leading
@@ -304,7 +304,7 @@ def _gradients(
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array, Any]]:
     """Values and log-probabilities [n], and the gradients of sum(weights D - label_weights log p) with respect to h, w and bias."""
     pair, rows = pairs.Pair.of(what, w, bias, arrays), _rows_of(h, arrays, w, what)
-    vocabulary, vocab, dtype = pair.student, pair.student.chunks, arrays.dtype
+    vocabulary, dtype = pair.student, arrays.dtype
     chunks = _chunks(what, h.shape[0])
 
     def body(carry: tuple[_Sums, Any], step: Any) -> tuple[_Sums, Any]:
@@ -317,32 +317,24 @@ def _gradients(
         if label_weight is not None:
             label_weight = jnp.where(block.possible, label_weight, jnp.zeros_like(label_weight))
 
-        def columns(sums: _Sums, vocab_step: Any) -> _Sums:
-            tile = pair.tile(block.x, part.labels, vocab_step)
-            p = jnp.exp(tile.z - pairs.column(block.base))
-            dz = pairs.column(weight) * (vocab.window(block.slopes, vocab_step, 1) - p * pairs.column(block.kappa))
-            if label_weight is not None:
-                likely = (
-                    jnp.exp(pair.tile(block.x, part.labels, vocab_step, plain=True).z - pairs.column(block.plain_base))
-                    if what.tempered
-                    else p
-                )
-                heat = vocabulary.temperature if what.tempered else 1
-                dz = dz + pairs.column(label_weight) * (likely - tile.chosen.astype(dtype)) * heat
-            dx = jnp.where(jnp.isneginf(tile.z), jnp.zeros_like(dz), dz) * tile.slope
-            window: Any = vocabulary.window(vocab_step)[0]
-            to_w = parts.dot(dx.astype(w.dtype), part.h, ((0,), (0,)), like=vocabulary.rows(window))
-            return _Sums(
-                h=sums.h + vocabulary.back(dx, window, sums.h),
-                w=vocabulary.add(sums.w, to_w, vocab_step, add=True),
-                bias=None if sums.bias is None else parts.accumulate(vocab, sums.bias, jnp.sum(dx, axis=0), vocab_step, 0, add=True),
-            )
+        tile = pair.tile(block.x, part.labels, None)
+        likely = (-weight * block.kappa)[:, None]  # what the probabilities are multiplied by
+        dz = weight[:, None] * block.slopes
+        if label_weight is not None:
+            label_weight = label_weight[:, None] * (vocabulary.temperature if what.two_temperatures else 1)
+            dz = dz - label_weight * tile.chosen.astype(dtype)
+            if what.two_temperatures:
+                plain = pair.tile(block.x, part.labels, None, plain=True)
+                dz = dz + label_weight * jnp.exp(plain.z - block.plain_base[:, None])
+            else:
+                likely = likely + label_weight
+        dz = dz + likely * jnp.exp(tile.z - block.base[:, None])
+        dx = jnp.where(jnp.isneginf(tile.z), jnp.zeros_like(dz), dz * tile.slope)
 
-        old = parts.rows(chunks, sums.h, step)
-        new = vocab.loop(columns, sums._replace(h=jnp.zeros_like(old)))
-        out = parts.put_rows(chunks, out, (block.values, block.log_probs), step)
+        to_h, to_w, to_bias = vocabulary.gradients(dx, part.h, sums.w, sums.bias)
         # Rows met before have weight 0 now: their gradient is added, not written over.
-        return new._replace(h=parts.put_rows(chunks, sums.h, old + new.h, step)), out
+        to_h = parts.put_rows(chunks, sums.h, parts.rows(chunks, sums.h, step) + to_h, step)
+        return _Sums(to_h, to_w, to_bias), parts.put_rows(chunks, out, (block.values, block.log_probs), step)
 
     start = _Sums(
         h=jnp.zeros_like(h, dtype=dtype),

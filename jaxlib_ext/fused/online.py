@@ -1,5 +1,6 @@
 """Softmax on the fly: sums over the vocabulary that are kept relative to the largest logit met so far."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 
 from janax.jaxlib_ext.fused import parts
 
-__all__ = ["Running", "finish", "fold", "over_shards", "start", "walk"]
+__all__ = ["Running", "finish", "fold", "over_logits", "over_shards", "start", "walk"]
 
 
 class Running(NamedTuple):
@@ -44,19 +45,20 @@ def start(zero: jax.Array, *, first: bool = False, expectation: jax.Array | None
 
 
 def fold(running: Running, tile: parts.Tile, vocabulary: parts.Vocabulary, w: jax.Array) -> Running:
-    """The sums with one chunk of the vocabulary more; w is the chunk's part of the unembedding, for the expectation."""
-    largest = jnp.maximum(running.largest, jnp.max(tile.z, axis=(1, 2)))
+    """The sums with one chunk of the vocabulary more, or all of it; w is the chunk's part of the unembedding, for the expectation."""
+    entries = tuple(range(1, tile.z.ndim))
+    largest = jnp.maximum(running.largest, jnp.max(tile.z, axis=entries))
     base = jnp.where(jnp.isneginf(largest), jnp.zeros_like(largest), largest)
-    scale, weight = jnp.exp(running.largest - base), jnp.exp(tile.z - base[:, None, None])
+    scale, weight = jnp.exp(running.largest - base), jnp.exp(tile.z - parts.beside(base, tile.z))
     first, expectation = running.first, running.expectation
     if first is not None:
-        first = first * scale + jnp.sum(weight * tile.finite, axis=(1, 2))
+        first = first * scale + jnp.sum(weight * tile.finite, axis=entries)
     if expectation is not None:
         expectation = expectation * scale[:, None] + vocabulary.back(weight * tile.slope, w, expectation)
     return Running(
         largest=largest,
-        total=running.total * scale + jnp.sum(weight, axis=(1, 2)),
-        target=running.target + jnp.sum(jnp.where(tile.chosen, tile.z, jnp.zeros_like(tile.z)), axis=(1, 2)),
+        total=running.total * scale + jnp.sum(weight, axis=entries),
+        target=running.target + jnp.sum(jnp.where(tile.chosen, tile.z, jnp.zeros_like(tile.z)), axis=entries),
         first=first,
         expectation=expectation,
     )
@@ -72,6 +74,15 @@ def walk(options: parts.Options, h: jax.Array, tokens: jax.Array, vocabulary: pa
         return fold(running, vocabulary.tile(options.softcap, h, tokens, window, step), vocabulary, window[0])
 
     return vocabulary.chunks.loop(body, first)
+
+
+def over_logits(vocabulary: parts.Vocabulary, tile: Callable[[Any], parts.Tile], zero: jax.Array, *, by_chunks: bool) -> Running:
+    """The sums over logits that are at hand, `tile(step)`: at once if these are bare products and nothing else is asked of them, else by chunks."""
+
+    def add(running: Running, step: Any) -> Running:
+        return fold(running, tile(step), vocabulary, vocabulary.w)
+
+    return vocabulary.chunks.loop(add, start(zero)) if by_chunks else add(start(zero), None)
 
 
 def over_shards(axis_name: str, normalizer: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,7 +1,7 @@
 """Student and teacher over one vocabulary: what a chunk of tokens gives for a divergence, its value and all that its gradients are made of."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from janax.jaxlib_ext.fused import online, parts
 from janax.jaxlib_ext.kernels import divergence as kernels
 from janax.jaxlib_ext.logprobs import TopK
 
-__all__ = ["KERNELS", "Arrays", "Block", "Options", "Pair", "Rows", "What", "column", "finite"]
+__all__ = ["KERNELS", "Arrays", "Block", "Options", "Pair", "Rows", "What", "finite"]
 
 KERNELS = {
     "tpu": functools.partial(kernels.block, platform="tpu"),
@@ -50,13 +50,17 @@ class What(NamedTuple):
       options: The static arguments.
       rule: "f" for sum q f(p/q), "renyi", or "adaptive".
       labelled: Whether log-probabilities of labels are wanted.
-      tempered: Whether the divergence is at another temperature than the labels.
+      tempered: Whether the divergence may be at another temperature than 1, that of the labels.
     """
 
     options: Options
     rule: str
     labelled: bool
     tempered: bool
+
+    @property
+    def two_temperatures(self) -> bool:
+        return self.labelled and self.tempered
 
 
 class Arrays(NamedTuple):
@@ -83,13 +87,13 @@ class Block(NamedTuple):
     """What one chunk of m tokens gives, over the whole vocabulary.
 
     Attributes:
-      x: [m g r] the student's h w.
+      x: [m v] the student's h w.
       values: [m] divergence.
       log_probs: [m] of the labels.
       possible: [m] whether the label has a probability.
       base: [m] log-normaliser of the tempered student, 0 where all is forbidden.
       plain_base: [m] the same at temperature 1.
-      slopes: [m g r] derivative of the divergence with respect to log p_v as if these were free, or None.
+      slopes: [m v] derivative of the divergence with respect to log p_v as if these were free, or None.
       kappa: [m] their sum.
     """
 
@@ -101,11 +105,6 @@ class Block(NamedTuple):
     plain_base: jax.Array
     slopes: Any
     kappa: jax.Array
-
-
-def column(x: jax.Array) -> jax.Array:
-    """Numbers of tokens beside [m g r]."""
-    return x[:, None, None]
 
 
 def finite(x: jax.Array) -> jax.Array:
@@ -146,19 +145,16 @@ class Pair(NamedTuple):
         return self.student.chunks.groups * self.student.chunks.inner
 
     def tile(self, x: jax.Array, labels: jax.Array, step: Any, *, plain: bool = False) -> parts.Tile:
-        """The student's logits over one chunk of the vocabulary, from x = h w [m g r]."""
-        vocabulary = self.plain if plain else self.student
-        window = vocabulary.chunks.window(x, step, 1)
-        return vocabulary.tile_of(self.what.options.softcap, window, labels, vocabulary.window(step)[1], step)
+        """The student's logits over one chunk of the vocabulary, or all of it (None), from x = h w [m v]."""
+        return (self.plain if plain else self.student).tile_of(self.what.options.softcap, x, labels, step)
 
     def teacher_tile(self, y: jax.Array, labels: jax.Array, step: Any) -> parts.Tile:
         assert self.teacher is not None
-        window = self.teacher.chunks.window(y, step, 1)
-        return self.teacher.tile_of(self.what.options.teacher_softcap, window, labels, self.teacher.window(step)[1], step)
+        return self.teacher.tile_of(self.what.options.teacher_softcap, y, labels, step)
 
     def normalizers(self, names: tuple[str, ...], x: jax.Array, y: jax.Array | None, labels: jax.Array) -> dict[str, online.Running]:
         """Running sums of the "student", of its "plain" distribution at temperature 1, of the "teacher", and of Renyi's "mixture"."""
-        zero = jnp.zeros_like(labels, dtype=self.student.temperature.dtype)
+        options, zero = self.what.options, jnp.zeros_like(labels, dtype=self.student.temperature.dtype)
 
         def tile(name: str, step: Any) -> parts.Tile:
             if name == "teacher":
@@ -167,10 +163,13 @@ class Pair(NamedTuple):
             student = self.tile(x, labels, step, plain=name == "plain")
             return student if name != "mixture" else student._replace(z=self.mixed(student.z, tile("teacher", step).z))
 
-        def body(sums: dict[str, online.Running], step: Any) -> dict[str, online.Running]:
-            return {name: online.fold(sums[name], tile(name, step), self.student, zero) for name in names}
+        def running(name: str) -> online.Running:
+            side, capped = (self.teacher, options.teacher_softcap) if name == "teacher" else (self.student, options.softcap)
+            bare = not self.what.tempered and capped is None and side is not None and side.bias is None and name != "mixture"
+            by_chunks = not bare or (self.what.labelled and name == "student")
+            return online.over_logits(self.student, functools.partial(tile, name), zero, by_chunks=by_chunks)
 
-        return self.student.chunks.loop(body, {name: online.start(zero) for name in names})
+        return {name: running(name) for name in names}
 
     def mixed(self, z_p: jax.Array, z_q: jax.Array) -> jax.Array:
         """alpha log q + (1 - alpha) log p, not normalised; what one side only forbids is at the stand-in."""
@@ -179,20 +178,20 @@ class Pair(NamedTuple):
         return jnp.where(neither, -jnp.inf, mixed)
 
     def log_probs(self, z: jax.Array, base: jax.Array) -> jax.Array:
-        return numerics.without_infinities(z - column(base))
+        return numerics.without_infinities(z - parts.beside(base, z))
 
     def block(self, rows: Rows, *, slopes: bool) -> Block:
         """Values of m tokens, and what their gradients are made of."""
         axis_name = self.what.options.axis_name
         x = self.student.logits(rows.h, self.student.w)
         y = None if self.teacher is None else self.teacher.logits(rows.teacher_h, self.teacher.w).astype(self.student.temperature.dtype)
-        plain = "plain" if self.what.tempered else "student"
+        plain = "plain" if self.what.two_temperatures else "student"
         inside = self.by_kernel(x, y) if self.what.options.kernel is not None and y is not None else None
         names = ("student", "teacher", "mixture") if self.what.rule == "renyi" else ("student", "teacher")
         names = names if y is not None else ("student",)
         if inside is not None:
-            names = ("plain",) if self.what.tempered else ()
-        elif self.what.tempered:
+            names = ("plain",) if self.what.two_temperatures else ()
+        elif self.what.two_temperatures:
             names = (*names, "plain")
         running = self.normalizers(names, x, y, rows.labels) if names else {}
         normalizer = {name: sums.logsumexp for name, sums in running.items()}
@@ -211,13 +210,12 @@ class Pair(NamedTuple):
         else:
             assert y is not None
             if inside is not None:
-                values, sloped, kappa = inside.values, inside.slopes.reshape(x.shape) if slopes else None, inside.kappa
+                values, sloped, kappa = inside.values, inside.slopes if slopes else None, inside.kappa
             else:
                 values, sloped, kappa = self.from_logits(x, y, rows.labels, base, slopes=slopes)
             valid = ~(jnp.isneginf(normalizer["student"]) | jnp.isneginf(normalizer["teacher"]))
         zero = jnp.zeros_like(values)
-        if sloped is not None:
-            sloped = jnp.where(column(valid), sloped, jnp.zeros_like(sloped))
+        sloped = None if sloped is None else jnp.where(valid[:, None], sloped, jnp.zeros_like(sloped))
         return Block(
             x=x,
             values=jnp.where(valid, values, zero),
@@ -236,8 +234,8 @@ class Pair(NamedTuple):
         biases = [None if side.bias is None else side.bias.reshape(-1) for side in (self.student, self.teacher)]
         return KERNELS[options.kernel](
             self.generator,
-            x.reshape(x.shape[0], -1),
-            y.reshape(y.shape[0], -1),
+            x,
+            y,
             bias=biases[0],
             teacher_bias=biases[1],
             temperature=self.student.temperature,
@@ -249,7 +247,7 @@ class Pair(NamedTuple):
         """(the student's logits of some tokens [m k], -inf if forbidden; which of them are here [m k]; their places here [m k])."""
         found = (ids >= 0) & (ids < self.v)
         index = jnp.where(found, ids, jnp.zeros_like(ids))
-        raw = jnp.take_along_axis(x.reshape(x.shape[0], -1), index, axis=1)
+        raw = jnp.take_along_axis(x, index, axis=1)
         offset = jnp.zeros_like(raw) if self.student.bias is None else self.student.bias.reshape(-1)[index].astype(raw.dtype)
         z = self.student.capped(self.what.options.softcap, raw + finite(offset))[0]
         return jnp.where(jnp.isneginf(offset), -jnp.inf, z), found, index
@@ -257,64 +255,48 @@ class Pair(NamedTuple):
     def from_logits(
         self, x: jax.Array, y: jax.Array, labels: jax.Array, base: dict[str, jax.Array], *, slopes: bool
     ) -> tuple[jax.Array, Any, jax.Array]:
-        """(values [m], slopes [m g r] in the place of y, or None, their sums [m])."""
-        vocab = self.student.chunks
+        """(values [m], slopes [m v] or None, their sums [m])."""
         share = self.head_share(x, y, labels, base) if self.what.rule == "adaptive" else None
 
-        def entries(step: Any, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def entries(step: Any) -> tuple[jax.Array, jax.Array]:
             z_p, z_q = self.tile(x, labels, step).z, self.teacher_tile(y, labels, step).z
-            log_p, log_q = self.log_probs(z_p, base["student"]), self.log_probs(z_q, base["teacher"])
-            value, slope = jax.jvp(lambda log_p: self.terms(log_p, log_q, share), (log_p,), (jnp.ones_like(log_p),))
+            value, slope = self.terms(self.log_probs(z_p, base["student"]), self.log_probs(z_q, base["teacher"]), share)
             if self.what.rule == "renyi":
-                slope = -jnp.exp(self.mixed(z_p, z_q) - column(base["mixture"]))
+                slope = -jnp.exp(self.mixed(z_p, z_q) - parts.beside(base["mixture"], z_p))
             return value, jnp.where(jnp.isneginf(z_p), jnp.zeros_like(slope), slope)  # a forbidden token is a constant
 
-        def body(carry: tuple[Any, ...], step: Any) -> tuple[Any, ...]:
-            total, kappa, kept = carry
-            value, slope = entries(step, y if kept is None else kept)
-            if kept is not None:
-                new = slope
-                if vocab.overlaps:
-                    new = jnp.where(vocab.fresh(step)[None], slope, vocab.window(kept, step, 1))
-                kept = vocab.put(kept, new.astype(kept.dtype), step, 1)
-            return total + jnp.sum(value, axis=(1, 2)), kappa + jnp.sum(slope, axis=(1, 2)), kept
+        def body(sums: tuple[jax.Array, jax.Array], step: Any) -> tuple[jax.Array, jax.Array]:
+            value, slope = entries(step)
+            return sums[0] + jnp.sum(value, axis=(1, 2)), sums[1] + jnp.sum(slope, axis=(1, 2))
 
         zero = jnp.zeros_like(labels, dtype=y.dtype)
-        total, kappa, kept = vocab.loop(body, (zero, zero, y if slopes else None))
+        total, kappa = self.student.chunks.loop(body, (zero, zero))
         if self.what.options.axis_name is not None:
             total, kappa = jax.lax.psum((total, kappa), self.what.options.axis_name)
         if self.what.rule == "renyi":
             total = exact.renyi_value(
                 self.alpha, total, base["mixture"] - self.alpha * base["teacher"] - (1 - self.alpha) * base["student"]
             )
-        return total, kept, kappa
+        # Made again where they are used, not kept: they cost an exponential or two, and no memory.
+        return total, entries(None)[1] if slopes else None, kappa
 
-    def terms(self, log_p: jax.Array, log_q: jax.Array, share: jax.Array | None) -> jax.Array:
-        """Summands of the divergence, those of KL(q || p) and KL(p || q) in shares if it is adaptive."""
-        forward = exact.terms(self.generator, log_p, log_q)
+    def terms(self, log_p: jax.Array, log_q: jax.Array, share: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """Summands of the divergence and their derivatives with respect to log p; of KL(q || p) and KL(p || q) in shares if it is adaptive."""
+        forward = exact.terms_and_slopes(self.generator, log_p, log_q)
         if share is None:
             return forward
-        return column(share) * forward + column(1 - share) * exact.terms(exact.REVERSE_KL, log_p, log_q)
+        reverse, share = exact.terms_and_slopes(exact.REVERSE_KL, log_p, log_q), parts.beside(share, log_p)
+        return cast(Any, tuple(share * one + (1 - share) * other for one, other in zip(forward, reverse)))
 
     def head_share(self, x: jax.Array, y: jax.Array, labels: jax.Array, base: dict[str, jax.Array]) -> jax.Array:
         """[m] the share of forward KL in the adaptive one; sorts the vocabulary."""
-        vocab = self.student.chunks
-
-        def body(carry: tuple[jax.Array, jax.Array], step: Any) -> tuple[jax.Array, jax.Array]:
-            tiles = self.tile(x, labels, step).z, self.teacher_tile(y, labels, step).z
-            new = [jnp.exp(tile - column(base[name])) for tile, name in zip(tiles, ("student", "teacher"))]
-            if vocab.overlaps:
-                new = [jnp.where(vocab.fresh(step)[None], one, vocab.window(old, step, 1)) for one, old in zip(new, carry)]
-            p, q = (vocab.put(old, one, step, 1) for one, old in zip(new, carry))
-            return p, q
-
-        empty = jnp.zeros_like(y)
-        p, q = (z.reshape(z.shape[0], -1) for z in vocab.loop(body, (empty, empty)))
+        p = jnp.exp(self.tile(x, labels, None).z - base["student"][:, None])
+        q = jnp.exp(self.teacher_tile(y, labels, None).z - base["teacher"][:, None])
         return exact.head_share(p, q)
 
     def from_top_k(self, x: jax.Array, base: jax.Array, top_k: TopK, *, slopes: bool) -> tuple[jax.Array, Any, jax.Array]:
         """As `from_logits`, where the teacher is known by some tokens and one bucket for the others."""
-        axis_name, vocab = self.what.options.axis_name, self.student.chunks
+        axis_name = self.what.options.axis_name
         ids = parts.localise(top_k.tokens, self.v, axis_name)
         z, found, index = self.chosen(x, ids)
         found = found & ~jnp.isneginf(z)  # a forbidden token is a constant
@@ -330,6 +312,4 @@ class Pair(NamedTuple):
         if not slopes:
             return values, None, kappa
         mine = jnp.where(found, slope, jnp.zeros_like(slope))
-        flat = jnp.zeros_like(x, dtype=mine.dtype).reshape(x.shape[0], -1)
-        flat = jax.vmap(lambda row, at, new: row.at[at].add(new))(flat, index, mine)
-        return values, flat.reshape(x.shape[0], vocab.groups, vocab.inner), kappa
+        return values, jax.vmap(lambda row, at, new: row.at[at].add(new))(jnp.zeros_like(x, dtype=mine.dtype), index, mine), kappa

@@ -20,6 +20,7 @@ __all__ = [
     "accumulate",
     "accumulator",
     "agree",
+    "beside",
     "dot",
     "localise",
     "placed",
@@ -241,12 +242,12 @@ def placed(x: jax.Array, like: jax.Array) -> jax.Array:
 
 
 class Tile(NamedTuple):
-    """The logits of some tokens over one chunk of the vocabulary.
+    """The logits of some tokens over one chunk of the vocabulary, [m g c], or over all of it, [m v].
 
     Attributes:
-      z: [m g c] logits; -inf where forbidden or already seen in an earlier chunk.
-      slope: [m g c] or [], dz / d(h w).
-      chosen: [m g c] where the token given is.
+      z: logits; -inf where forbidden or already seen in an earlier chunk.
+      slope: as z, or [], dz / d(h w).
+      chosen: where the token given is.
     """
 
     z: jax.Array
@@ -277,16 +278,37 @@ class Vocabulary(NamedTuple):
         """w [d g c] or [g c d] and bias [g c] of a step."""
         return self.chunks.window(self.w, step, self.axis), None if self.bias is None else self.chunks.window(self.bias, step, 0)
 
+    def flat(self, w: jax.Array) -> jax.Array:
+        """A window, or all of w, with its vocabulary as one axis: of three axes the compiler would transpose or copy some."""
+        return w.reshape(w.shape[0], -1) if self.axis else w.reshape(-1, w.shape[2])
+
     def logits(self, h: jax.Array, w: jax.Array) -> jax.Array:
-        """h w [m g c] of a window, or of all of w."""
-        if self.axis:
-            return dot(h, w, ((1,), (0,)))
-        rows = w.reshape(-1, w.shape[2])  # as two axes: the compiler would copy three to where it contracts the first
-        return dot(h, rows, ((1,), (1,))).reshape(h.shape[0], *w.shape[:2])
+        """h w of a window, or of all of w, as one axis."""
+        return dot(h, self.flat(w), ((1,), (1 - self.axis,)))
 
     def back(self, dx: jax.Array, w: jax.Array, like: jax.Array) -> jax.Array:
-        """sum_v dx_v w_v [m d] over a window."""
-        return dot(dx.astype(w.dtype), w, ((1, 2), (1, 2) if self.axis else (0, 1)), like=like)
+        """sum_v dx_v w_v [m d] over a window, or all of w."""
+        return dot(dx.astype(w.dtype).reshape(dx.shape[0], -1), self.flat(w), ((1,), (self.axis,)), like=like)
+
+    def outer(self, dx: jax.Array, h: jax.Array, w: jax.Array) -> jax.Array:
+        """sum_m dx_m h_m over a window w, [g c d]."""
+        flat = dx.astype(w.dtype).reshape(dx.shape[0], -1)
+        return dot(flat, h, ((0,), (0,)), like=self.rows(w).reshape(-1, h.shape[1])).reshape(*dx.shape[1:], h.shape[1])
+
+    def gradients(self, dx: jax.Array, h: jax.Array, to_w: jax.Array, to_bias: jax.Array | None) -> tuple[jax.Array, jax.Array, Any]:
+        """The gradient of h [m d], and those of w and bias added to the sums given, from the derivatives dx [m v] with respect to h w."""
+        split = self.chunks.split(dx, 1)
+
+        def add(sums: tuple[jax.Array, Any], step: Any) -> tuple[jax.Array, Any]:
+            to_w, to_bias = sums
+            new = self.chunks.window(split, step, 1)
+            if self.chunks.overlaps:
+                new = jnp.where(self.chunks.fresh(step)[None], new, jnp.zeros_like(new))
+            if to_bias is not None:
+                to_bias = accumulate(self.chunks, to_bias, jnp.sum(new, axis=0), step, 0, add=True)
+            return self.add(to_w, self.outer(new, h, self.window(step)[0]), step, add=True), to_bias
+
+        return self.back(dx, self.w, h), *self.chunks.loop(add, (to_w, to_bias))
 
     def rows(self, w: jax.Array) -> jax.Array:
         """A window as [g c d]."""
@@ -298,32 +320,45 @@ class Vocabulary(NamedTuple):
 
     def capped(self, softcap: float | None, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(cap(x) / temperature, its derivative) for x = h w + bias of any shape."""
-        slope = 1 / self.temperature
-        if softcap is not None:
-            bounded = jnp.tanh(x / softcap)
-            x, slope = softcap * bounded, (1 - bounded * bounded) * slope
-        return x / self.temperature, slope
+        heat = 1 / self.temperature  # multiplied by: divisions are made once and kept, as long as the vocabulary
+        if softcap is None:
+            return x * heat, heat
+        bounded = jnp.tanh(x / softcap)
+        return bounded * (softcap * heat), (1 - bounded * bounded) * heat
 
     def tile(self, softcap: float | None, h: jax.Array, tokens: jax.Array, window: tuple[jax.Array, jax.Array | None], step: Any) -> Tile:
-        return self.tile_of(softcap, self.logits(h, window[0]), tokens, window[1], step)
+        """The tile of a window."""
+        x = self.logits(h, window[0])
+        return self._tile(softcap, x.reshape(h.shape[0], self.chunks.groups, self.chunks.width), tokens, window[1], step)
 
-    def tile_of(self, softcap: float | None, x: jax.Array, tokens: jax.Array, bias: jax.Array | None, step: Any) -> Tile:
-        """The tile with h w = x [m g c] and bias [g c]."""
-        barrier = None  # [g c] -inf where there is nothing to be counted, else 0: added, so that its placement need not be that of x
+    def tile_of(self, softcap: float | None, x: jax.Array, tokens: jax.Array, step: Any) -> Tile:
+        """The tile of a step with h w = x [m v]; of all of the vocabulary if it is None."""
+        if step is not None:
+            x = self.chunks.window(self.chunks.split(x, 1), step, 1)
+            return self._tile(softcap, x, tokens, self.window(step)[1], step)
+        return self._tile(softcap, x, tokens, None if self.bias is None else self.bias.reshape(-1), None)
+
+    def _tile(self, softcap: float | None, x: jax.Array, tokens: jax.Array, bias: jax.Array | None, step: Any) -> Tile:
+        barrier = None  # like an x: -inf where there is nothing to be counted, else 0: added, so that its placement need not be that of x
         if bias is not None:
             bias = bias.astype(x.dtype)
             barrier = jnp.where(jnp.isneginf(bias), bias, jnp.zeros_like(bias))
             x = x + jnp.where(jnp.isneginf(bias), jnp.zeros_like(bias), bias)[None]
         z, slope = self.capped(softcap, x)
-        ids = self.chunks.ids(step)
-        if self.chunks.overlaps:
+        ids = jax.lax.iota(jnp.int32, x.shape[1]) if step is None else self.chunks.ids(step)
+        if step is not None and self.chunks.overlaps:
             fresh = self.chunks.fresh(step)
             ids = jnp.where(fresh, ids, jnp.full_like(ids, jnp.iinfo(ids.dtype).min))
             seen = jnp.where(fresh, jnp.zeros_like(ids, dtype=z.dtype), -jnp.inf)
             barrier = seen if barrier is None else barrier + seen
         if barrier is not None:
             z = z + barrier[None]
-        return Tile(z, slope, placed(ids[None], z) == tokens[:, None, None])
+        return Tile(z, slope, placed(ids[None], z) == beside(tokens, z))
+
+
+def beside(x: jax.Array, z: jax.Array) -> jax.Array:
+    """Numbers of tokens [m] with axes to be broadcast against z [m ...]."""
+    return x.reshape(-1, *(1,) * (z.ndim - 1))
 
 
 def accumulate(chunks: Chunks, sums: jax.Array, new: Any, step: Any, axis: int, *, add: bool) -> jax.Array:

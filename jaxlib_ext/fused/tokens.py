@@ -267,7 +267,7 @@ def _statistics_bwd(options: parts.Options, residuals: Any, cotangents: Any) -> 
                 to_h = parts.put_rows(chunks, to_h, old + vocabulary.back(dx, window[0], old), token_step)
             return _Sums(
                 h=to_h,
-                w=inner.w + parts.dot(dx.astype(h.dtype), part, ((0,), (0,)), like=inner.w),
+                w=inner.w + vocabulary.outer(dx, part, window[0]),
                 bias=None if inner.bias is None else inner.bias + jnp.sum(dx, axis=0),
                 temperature=inner.temperature + temper,
             )
@@ -337,7 +337,6 @@ def _nll_fwd(
 ) -> tuple[jax.Array, Any]:
     n, dtype = h.shape[0], weights.dtype
     vocabulary = parts.Vocabulary.of(options, w, bias, temperature)
-    vocab = vocabulary.chunks
     chunks = parts.token_chunks(n, options.token_chunk or min(max(n // 8, 256), 1024))
 
     def body(carry: tuple[_Sums, jax.Array], step: Any) -> tuple[_Sums, jax.Array]:
@@ -347,32 +346,28 @@ def _nll_fwd(
             weight = weight * chunks.fresh(step).reshape(-1).astype(dtype)
         x = vocabulary.logits(part, vocabulary.w)  # all that is as long as the vocabulary
 
-        def tile_of(vocab_step: Any) -> tuple[parts.Tile, jax.Array]:
-            window, bias_window = vocabulary.window(vocab_step)
-            return vocabulary.tile_of(options.softcap, vocab.window(x, vocab_step, 1), ids, bias_window, vocab_step), window
-
-        fold = lambda sums, tile, window: online.fold(sums, tile, vocabulary, window)  # noqa: E731
-        running = vocab.loop(lambda sums, vocab_step: fold(sums, *tile_of(vocab_step)), online.start(jnp.zeros_like(ids, dtype=dtype)))
+        tile_of = functools.partial(vocabulary.tile_of, options.softcap, x, ids)
+        running = online.over_logits(vocabulary, tile_of, jnp.zeros_like(ids, dtype=dtype), by_chunks=True)
         log_p, normalizer, _, possible = online.finish(axis_name, w.shape[options.axis], ids, running.target, running.logsumexp)
-        weight = jnp.where(possible, weight, jnp.zeros_like(weight))[:, None, None]
-        base = jnp.where(jnp.isneginf(normalizer), jnp.zeros_like(normalizer), normalizer)[:, None, None]
+        weight = jnp.where(possible, weight, jnp.zeros_like(weight))
+        base = jnp.where(jnp.isneginf(normalizer), jnp.zeros_like(normalizer), normalizer)
 
-        def columns(sums: _Sums, vocab_step: Any) -> _Sums:
-            tile, window = tile_of(vocab_step)
-            dz = weight * (jnp.exp(tile.z - base) - tile.chosen.astype(dtype))
-            dx = jnp.where(jnp.isneginf(tile.z), jnp.zeros_like(dz), dz * tile.slope)
-            to_w = parts.dot(dx.astype(w.dtype), part, ((0,), (0,)), like=vocabulary.rows(window))
-            return _Sums(
-                h=sums.h + vocabulary.back(dx, window, sums.h),
-                w=vocabulary.add(sums.w, to_w, vocab_step, add=True),
-                bias=None if sums.bias is None else parts.accumulate(vocab, sums.bias, jnp.sum(dx, axis=0), vocab_step, 0, add=True),
-                temperature=sums.temperature - jnp.sum(dz * tile.finite) / temperature,
-            )
+        def slopes(tile: parts.Tile) -> jax.Array:
+            """Derivatives with respect to the tile's logits."""
+            p = jnp.exp(tile.z - parts.beside(base, tile.z))
+            return parts.beside(weight, tile.z) * (p - tile.chosen.astype(dtype))
 
-        old = parts.rows(chunks, sums.h, step)
-        new = vocab.loop(columns, sums._replace(h=jnp.zeros_like(old)))
+        def temper(total: jax.Array, step: Any) -> jax.Array:
+            tile = tile_of(step)
+            return total - jnp.sum(slopes(tile) * tile.finite) / temperature
+
+        tile = tile_of(None)
+        dx = jnp.where(jnp.isneginf(tile.z), jnp.zeros_like(tile.z), slopes(tile) * tile.slope)
+        to_h, to_w, to_bias = vocabulary.gradients(dx, part, sums.w, sums.bias)
         # Rows met before have weight 0 now: their gradient is added, not written over.
-        return new._replace(h=parts.put_rows(chunks, sums.h, old + new.h, step)), parts.put_rows(chunks, log_probs, log_p, step)
+        to_h = parts.put_rows(chunks, sums.h, parts.rows(chunks, sums.h, step) + to_h, step)
+        to_temperature = vocabulary.chunks.loop(temper, sums.temperature)
+        return _Sums(to_h, to_w, to_bias, to_temperature), parts.put_rows(chunks, log_probs, log_p, step)
 
     start = _Sums(
         h=jnp.zeros_like(h, dtype=dtype),

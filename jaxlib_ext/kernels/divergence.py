@@ -17,7 +17,7 @@ from jax.extend.core import primitives
 from jax.typing import ArrayLike
 
 from janax.jaxlib_ext.checks import check_shapes, one_of
-from janax.jaxlib_ext.divergence import Generator, numerics, terms
+from janax.jaxlib_ext.divergence import Generator, numerics, terms_and_slopes
 
 __all__ = ["BlockSums", "block"]
 
@@ -255,7 +255,7 @@ def _terms(
 
     def value_and_slope(log_p: jax.Array, log_q: jax.Array, *parameters: jax.Array) -> tuple[jax.Array, jax.Array]:
         own = jax.tree.unflatten(jax.tree.structure(generator), parameters)
-        return jax.jvp(lambda log_p: terms(own, log_p, log_q), (log_p,), (jnp.ones_like(log_p),))
+        return terms_and_slopes(own, log_p, log_q)
 
     value, slope = _without_expm1(value_and_slope)(log_p, log_q, *given[1:])
     return jnp.where(valid, value, 0.0), jnp.where(valid & (z[0] > -jnp.inf), slope, 0.0)

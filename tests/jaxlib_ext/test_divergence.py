@@ -752,3 +752,25 @@ def test_messages():
         divergence.from_policy(divergence.FORWARD_KL, zs, zt[:10])
     with pytest.raises(ValueError, match="Generator: 'h' and 'summand' are both None"):
         divergence.Generator()
+
+
+@each_kind([*GENERATED, ("js", 0.0), ("js", 1.0)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 3e-6), ("float64", 1e-13)])
+def test_summands_and_slopes_made_together(kind, dtype, tolerance):
+    """`terms_and_slopes` is the summand and its derivative, from ratios of 1 + 1e-6 to where one side is forbidden."""
+    l = np.array([0.0, 1e-6, -1e-6, 1e-3, -0.3, 0.299, 0.301, -0.7, 2.0, -20.0, 35.0])
+    log_q = np.log(np.linspace(0.001, 0.4, len(l)))
+    log_p, log_q = np.minimum(log_q + l, -1e-3), log_q
+    log_p, log_q = np.append(log_p, [-1e4, -1.0, -1e4, -90.0]), np.append(log_q, [-1.0, -1e4, -1e4, -0.5])
+    made = generator(kind)
+
+    def by_autodiff(p, q):
+        return jax.jvp(lambda p: divergence.terms(made, p, q), (p,), (jnp.ones_like(p),))
+
+    with jax.enable_x64(dtype == "float64"):
+        log_p, log_q = (jnp.asarray(x, dtype) for x in (log_p, log_q))
+        value, slope = compiled(lambda p, q: divergence.terms_and_slopes(made, p, q))(log_p, log_q)
+        expected_value, expected_slope = compiled(by_autodiff)(log_p, log_q)
+        size = np.exp(np.maximum(log_p, log_q)) * (1 + np.abs(np.asarray(log_p - log_q)))  # of what is summed in both
+    for made_together, one in ((value, expected_value), (slope, expected_slope)):
+        assert np.all(np.abs(made_together - one) <= tolerance * (size + np.abs(one)))
