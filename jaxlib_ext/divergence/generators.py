@@ -154,7 +154,7 @@ def _alpha_slope(l, alpha):
 def _pieces(log_p, log_q):
     """(whether p <= q, the larger of the two, d = log(smaller / larger), exp(d), exp(d) - 1)."""
     below, top, d = numerics.ordered(log_p, log_q)
-    return below, numerics.exp(top), d, jnp.exp(d), jnp.expm1(d)
+    return below, jnp.exp(top), d, jnp.exp(d), jnp.expm1(d)
 
 
 def _forward_with_slope(log_p, log_q):
