@@ -243,7 +243,7 @@ def f_second(generator: Generator, log_ratio: ArrayLike) -> jax.Array:
 
 
 def terms(generator: Generator, log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-    """q f(p / q) by entries."""
+    """q f(p / q) by entries [...], from finite log-probabilities [...] of one shape and dtype; differentiable in both."""
     parameters = _parameters(generator, log_p)
     if generator.summand is not None:
         return generator.summand(log_p, log_q, *parameters)
@@ -254,7 +254,16 @@ def terms(generator: Generator, log_p: jax.Array, log_q: jax.Array) -> jax.Array
 
 
 def terms_and_slopes(generator: Generator, log_p: jax.Array, log_q: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """q f(p / q) by entries, and p f'(p / q), its derivative with respect to log p. Not meant to be differentiated."""
+    """q f(p / q) by entries, and p f'(p / q), its derivative with respect to log p: all that a loss over a vocabulary needs, in one go.
+
+    Args:
+      generator: f.
+      log_p: [...] log-probabilities, float32 or float64, finite: `numerics.FORBIDDEN` in the place of -inf.
+      log_q: [...] of the same shape and dtype.
+
+    Returns:
+      Both [...], of that dtype, to the digits of `terms` and its derivative by autodiff. Not meant to be differentiated again.
+    """
     if generator.with_slope is not None:
         return generator.with_slope(log_p, log_q, *_parameters(generator, log_p))
     return jax.jvp(lambda log_p: terms(generator, log_p, log_q), (log_p,), (jnp.ones_like(log_p),))

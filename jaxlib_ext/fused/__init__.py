@@ -4,8 +4,9 @@
     loss = fused.weighted_nll(h, w, tokens, weights)                # -sum(weights log_probs), one matrix product fewer
     values, ids = fused.top_k(h, w, 20)
 
-The vocabulary is walked in chunks, with a running maximum and sum; the backward pass makes each chunk of logits again. In units of the
-product h w (2 n d v FLOPs), value and gradients cost
+`token_log_probs` walks the vocabulary in chunks, with a running maximum and sum; its backward pass makes each chunk of logits again. The
+weighted forms walk the tokens: all logits of a chunk of them are there at once, and are differentiated at once. In units of the product
+h w (2 n d v FLOPs), value and gradients cost
 
     the plain form          1 forward, 2 backward
     token_log_probs         1 forward, 3 backward       (1 and 2 if `w` needs no gradient: the compiler drops the unused product)
@@ -16,8 +17,9 @@ and no temporary of the size of the logits: benchmarks/fused_logprobs.py.
 
 Placement. Under `jit` the arrays may lie on a mesh. A chunk is not a run of neighbouring columns but the same window of each of 16 equal
 parts of the vocabulary, so a sharded `w` is never gathered when the mesh axis divides 16 (and the vocabulary). What the compiler cannot do
-is to keep a sum over devices pending through the loop: it adds the gradient of `h` up over vocabulary shards once per chunk. Inside
-`jax.shard_map` (with its default check_vma=True), `axis_name` names the axis that shards the vocabulary, and there is one sum in the end.
+is to keep a sum over devices pending through the loop: it adds the gradient of `h` up over vocabulary shards once per chunk, and in the
+weighted forms that of `w` over token shards. Inside `jax.shard_map` (with its default check_vma=True), `axis_name` names the axis that
+shards the vocabulary, and there is one sum in the end.
 """
 
 from janax.jaxlib_ext.fused.divergences import TokenDivergence, divergence, weighted_divergence
